@@ -287,8 +287,9 @@ def main() -> None:
     students = {arm: provenance.locked().get(f"distill@{arm}", {}).get(str(STUDENTS / arm)) for arm in comparison.order}
     send([outcome.of_arm(arm, md5, settings) for arm, md5 in students.items() if md5], settings.runtime)
     best = leaders(comparison)
+    who = f"best arm {join_names(best)}" if comparison.arms[best[0]].exact_match else "every arm"
     print(
-        f"compare: best arm {join_names(best)}, {format_score(comparison.arms[best[0]])} against the teacher's"
+        f"compare: {who}, {format_score(comparison.arms[best[0]])} against the teacher's"
         f" {comparison.teacher.exact_match:.1%}; report in {REPORTS / 'report.html'}"
     )
 

@@ -128,6 +128,7 @@ def html(
         pictures=pictures,
         colours={arm: (LIGHT.colour(index), DARK.colour(index)) for arm, index in series_indices(comparison.arms).items()},
         yardstick=plots.yardstick(comparison),
+        kinds_differ=bool(plots.differing_kinds(comparison)),
         teacher=TeacherReport.read(REPORTS / "teacher" / "candidates.json"),
         teacher_plot=_load_picture(REPORTS / "teacher" / "quality_cost.png"),
         layer=layer,
