@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from components.errors import ModelError, first_line
+from components.errors import AlignTIError, ModelError, first_line
 from components.io import sha256
 from components.records.models import ModelRecord
 from components.records.record import parsed
@@ -26,10 +26,15 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}  # options of `fr
 
 @contextmanager
 def as_model_error(failure: str) -> Iterator[None]:
-    """Raise ModelError, `failure` and the first line of the error, for what transformers raises on an unusable folder."""
+    """Raise ModelError, `failure` and the first line of the error, for what transformers raises on an unusable folder: on a
+    damaged configuration anything."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (AlignTIError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise
         raise ModelError(f"{failure}: {first_line(error)}") from None
 
 

@@ -79,7 +79,9 @@ def test_another_type_is_refused_by_name() -> None:
 
 
 def edited(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    before = json.loads(path.read_text())
+    parts = {key: before[key] | value for key, value in changes.items() if isinstance(before.get(key), dict)}
+    path.write_text(json.dumps(before | changes | parts))
 
 
 def stored_as(kind: torch.dtype) -> Callable[[Path], None]:
@@ -90,6 +92,7 @@ def stored_as(kind: torch.dtype) -> Callable[[Path], None]:
     return change
 
 
+UNUSABLE = "cannot be opened as an image-text model"
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "another number of image tokens": (
         lambda f: edited(f / "processor_config.json", image_seq_length=9),
@@ -98,6 +101,12 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "another image token": (lambda f: edited(f / "config.json", image_token_id=3), "the image token is missing on one side"),
     "quantised": (lambda f: edited(f / "config.json", quantization_config={"quant_method": "awq"}), r"are quantised \(awq\)"),
     "float8": (stored_as(torch.float8_e4m3fn), "in F8_E4M3: weights are read in F64, F32, F16, BF16"),
+    "a dtype that torch has not": (
+        lambda f: edited(f / "config.json", dtype="float31"),
+        "config.json cannot be read: .*'float31'",
+    ),
+    "another number of heads": (lambda f: edited(f / "config.json", text_config={"num_attention_heads": 3}), UNUSABLE),
+    "another vocabulary": (lambda f: edited(f / "config.json", text_config={"vocab_size": 10}), UNUSABLE),
     "a broken configuration": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "a type that is not supported": (lambda f: edited(f / "config.json", model_type="blip-2"), "'blip-2' are not supported"),
 }
