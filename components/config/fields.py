@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**43)]  # times 1,000,003 (distill/sampler.py) it fits torch's seed

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from components.config.fields import Name, NonNegative, PositiveFloat, PositiveInt, Ratio, Seed, Strict
+from components.config.fields import Beta, Name, NonNegative, PositiveFloat, PositiveInt, Ratio, Seed, Strict
 
 
 class Optimiser(Strict):
     """AdamW with linear warm-up and cosine decay to zero."""
 
     learning_rate: PositiveFloat
-    betas: Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, not tuples
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML has lists, not tuples
     weight_decay: NonNegative
     warmup_ratio: Ratio = Field(description="share of steps")
     max_grad_norm: PositiveFloat

@@ -337,6 +337,12 @@ def test_a_list_that_is_too_short_says_what_it_wants(root: Path, betas: str) -> 
     assert problems(root) == [f"params/distill.yaml:{line}: optimiser.betas: too short: 2 values are wanted"]
 
 
+def test_a_beta_that_adamw_does_not_take_is_refused(root: Path) -> None:
+    line = put(root, "distill", r"betas: \[.*\]", "betas: [0.9, 1.0]")
+    (problem,) = problems(root)
+    assert problem.startswith(f"params/distill.yaml:{line}: optimiser.betas.1: Input should be less than 1")
+
+
 def test_a_layer_is_one_of_a_local_checkpoint(root: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
     pretrained(root, {"base": {"source": str(tmp_path), "revision": None}}, {})
