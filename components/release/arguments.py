@@ -32,6 +32,8 @@ def sample_of(images: Sequence[Path], question: str, limits: DataLimits) -> Samp
     text, markers = question.replace(IMAGE, "").strip(), question.count(IMAGE)
     if not text:
         raise InputError('the question is empty: alignti try MODEL --image X "What is on the table?"')
+    if any("\ud800" <= char <= "\udfff" for char in text):  # bytes that Python could not decode
+        raise InputError("the question is no UTF-8")
     if markers not in (0, len(images)):
         raise InputError(f"the question shows {markers} {IMAGE}, and there are {len(images)} --image: one for each, or none")
     if len(images) == 1 or not markers:

@@ -150,6 +150,7 @@ def test_tokens_that_are_no_square_are_refused(monkeypatch: pytest.MonkeyPatch) 
     ("image", "question", "message", "kind"),
     [
         ("cat.png", " <image> ", "the question is empty", InputError),
+        ("cat.png", "what \udcff ?", "the question is no UTF-8", InputError),
         ("gone.png", "what ?", "gone.png is no file", InputError),
         ("notes.txt", "what ?", "notes.txt is none of JPEG, PNG", InputError),
         ("half.png", "what ?", "half.png is truncated or damaged", InputError),
