@@ -15,7 +15,7 @@ from torch import Tensor
 from components.config.settings import Settings
 from components.dataset.shards import Sample, Samples
 from components.distill.export import save
-from components.errors import ModelError
+from components.errors import InputError, ModelError
 from components.evaluate.generate import answers, questions
 from components.io import whole_folder
 from components.models.checkpoint_folder import weight_files
@@ -79,6 +79,8 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
     """
     arguments.check_export(folder, dtype, shard, force)
     ref = find(name, settings)
+    if folder.resolve() == ref.path.resolve():
+        raise InputError(f"{folder} is the folder of {name} itself, which --force would replace; choose another")
     source = open_model(ref.path, "cpu")
     dtype = dtype or stored_dtype(ref.path)
     template = template_of(ref, source, settings)

@@ -81,6 +81,13 @@ def test_what_is_there_stays_unless_forced(project: Path, settings: Settings) ->
         export("align_ti", Path("cat.png"), settings, None, "5GB", force=True)
 
 
+def test_a_model_does_not_replace_itself(project: Path, settings: Settings) -> None:
+    before = sorted((path, path.read_bytes()) for path in MODEL.iterdir())
+    with pytest.raises(InputError, match="is the folder of align_ti itself"):
+        export("align_ti", MODEL, settings, "bf16", "5GB", force=True)
+    assert sorted((path, path.read_bytes()) for path in MODEL.iterdir()) == before
+
+
 FULL = {
     "Python": OSError(28, "No space left on device", "x"),
     "Rust": SafetensorError("Error while serializing: IoError(Os { code: 28, kind: StorageFull }) (os error 28)"),
