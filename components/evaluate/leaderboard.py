@@ -186,7 +186,7 @@ def _notes(comparison: Comparison, speed: SpeedReport | None) -> list[str]:
     speed_note = (
         f"Speed: {speed.questions} questions to each model in one run on {next(iter(speed.models.values())).device}."
         if speed is not None and speed.models
-        else "Speed and memory were not measured: alignti leaderboard --measure does."
+        else "Speed and memory were not measured: `alignti leaderboard --measure` does."
     )
     return [
         "Relative gain as the paper computes it: from averages with one decimal, percent of the same backbone's baseline.",

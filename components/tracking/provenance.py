@@ -224,9 +224,9 @@ def git(*args: str) -> str | None:
 def warn_without_commit() -> None:
     """Say so if git does not read this repository (of another owner, as in a container): runs then have no commit."""
     if Path(".git").exists() and shutil.which("git") is not None:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        done = subprocess.run(["git", "rev-parse", "--git-dir"], capture_output=True, text=True)
         if done.returncode:
-            print(f"this run is recorded without its commit, as git says: {done.stderr.strip()}", file=sys.stderr)
+            print(f"this run is recorded without its commit, as git says: {' '.join(done.stderr.split())}", file=sys.stderr)
 
 
 def has_commit(commit: str) -> bool:

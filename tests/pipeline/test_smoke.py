@@ -127,7 +127,7 @@ def test_dvc_shows_metrics_and_plots(done: Path) -> None:
 
 @pytest.mark.usefixtures("prefect_server")
 def test_the_flow_runs_what_repro_left_to_do_and_leaves_it_nothing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import dvc as runner
+    from flows import dvc, dvc_repro
     from flows.pipeline import pipeline
 
     monkeypatch.chdir(done)
@@ -137,8 +137,8 @@ def test_the_flow_runs_what_repro_left_to_do_and_leaves_it_nothing(done: Path, m
     study.write_text(study.read_text().replace("iva: 1.0, tpa: 1.0", "iva: 0.5, tpa: 1.0"))
     changed = {"terms", "distill@align_ti", "evaluate@align_ti", "compare"}
     assert pipeline(parallel=2) == {stage: "ran" if stage in changed else "unchanged" for stage in STAGES}
-    assert runner.reproduce_all() == "unchanged"
-    assert runner.status() == {}
+    assert dvc_repro.reproduce_all() == "unchanged"
+    assert dvc.status() == {}
 
 
 def test_no_secret_of_the_environment_was_written_by_repro_or_flow(done: Path) -> None:
