@@ -71,7 +71,11 @@ def secret(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | 
     did = f"{' '.join(words[2:])} ({' and '.join(stages)}), {where}, exit code {ended.returncode}"
     if planted.CANARY in (said := ended.stdout + ended.stderr):
         return did, f"said: {[line for line in said.splitlines() if planted.CANARY in line][:3]}"
-    leaks = planted.leaks(here, (".git/config", ".dvc/config.local", "params/runtime.yaml"))
+    leaks = [
+        path
+        for path in planted.leaks(here, (".git/config", ".dvc/config.local", "params/runtime.yaml"))
+        if not path.startswith("tests/")  # this code, which spells the secrets
+    ]
     return did, f"written to {leaks[:5]}" if leaks else None
 
 
