@@ -152,6 +152,8 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
         runs = [line.split() for line in alignti(root, "runs").stdout.splitlines()]
     assert runs == [[earlier.stem, "open", "smoke", "0123456789"], [journal.stem, "FINISHED", "smoke", "0123456789"]]
     assert alignti(root, "runs").stdout.split()[:2] == [earlier.stem, "KILLED"]
+    told, line = alignti(root, "runs", "--last", "1").stdout.splitlines()
+    assert told == "the last 1 of 2 runs; --last 2 shows all" and line.split()[0] == journal.stem
     assert re.fullmatch(r"alignti \S+\n", alignti(root, "--version").stdout)
     assert alignti(root, "plan", "-h").returncode == 0
 

@@ -14,7 +14,7 @@ app = typer.Typer()
 
 
 @app.command()
-def runs() -> None:
+def runs(last: int = typer.Option(40, "--last", min=1, help="As many, the latest.")) -> None:
     """List the runs of this folder, the latest last: name, status, recipe and commit; `alignti reproduce` takes the name."""
     from components.config.load import check_project
     from components.tracking import history
@@ -23,8 +23,13 @@ def runs() -> None:
     records = list(history.recorded())
     if not records:
         typer.echo("no runs yet: `make repro`, `dvc repro` and `alignti study run` record theirs here")
-    for run in records:
-        typer.echo(f"{run.name:60} {run.status:9} {run.recipe or '-':24} {run.commit[:10]}")
+        return
+    if len(records) > last:
+        typer.echo(f"the last {last} of {len(records):,} runs; --last {len(records)} shows all")
+    rows = [(run.name, run.status, run.recipe or "-", run.commit[:10]) for run in records[-last:]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
