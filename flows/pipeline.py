@@ -33,7 +33,7 @@ from components.errors import AlignTIError, InputError, TryAgainError
 from components.process import exit_from, terminate_once_with_parent
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
-from flows import devices, dvc, dvc_repro, heartbeat, jobs, notify, prefect_artifacts, promote
+from flows import devices, dvc, dvc_repro, heartbeat, jobs, notify, prefect_artifacts, promote, servers
 from flows.dvc_repro import Outcome, StopWhen
 from flows.stage_log import StageLog
 from flows.workspace import workspace
@@ -213,7 +213,8 @@ def main() -> None:
         raise InputError(f"--parallel {args.parallel}: how many stages at a time, 1 to 64")
     if args.recipe is None:
         jobs.check_idle()  # before a server is started
-    outcomes = pipeline(parallel=args.parallel, recipe=args.recipe, own_workspace=args.recipe is not None)
+    with servers.prefect_failures():
+        outcomes = pipeline(parallel=args.parallel, recipe=args.recipe, own_workspace=args.recipe is not None)
     summary = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items())
     print(f"{len(outcomes)} stages: {summary}; `dvc repro` has nothing left to do.")
 

@@ -180,6 +180,21 @@ def prefect_client() -> Iterator[SyncPrefectClient]:
         raise (InputError if rejected else TryAgainError)(message) from None
 
 
+@contextlib.contextmanager
+def prefect_failures() -> Iterator[None]:
+    """Raises TryAgainError for what Prefect's server does to a flow of the block: what its stages made stands."""
+    import httpx
+    from prefect.exceptions import PrefectException
+
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        raise TryAgainError(
+            f"Prefect's server failed this flow ({type(error).__name__}: {first_line(error)}); what its stages made stands, so"
+            " run the same command to go on"
+        ) from None
+
+
 def use_running() -> None:
     """Add `client_environment`, if there are servers, to this process's environment; variables that are set win."""
     with contextlib.suppress(InputError):

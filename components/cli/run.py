@@ -61,7 +61,7 @@ def run_study(
     from components.config import recipes
     from components.study import expand
     from components.study.committed import check_committed
-    from flows.servers import client_environment, use_running
+    from flows.servers import client_environment, prefect_failures, use_running
 
     expand.read(name)
     if recipe is not None:
@@ -76,7 +76,8 @@ def run_study(
     use_running()
     from flows.study import study as flow
 
-    outcomes = flow(name, parallel, recipe, pool)
+    with prefect_failures():
+        outcomes = flow(name, parallel, recipe, pool)
     typer.echo(f"study {name}: {len(outcomes)} arms run and recorded; `alignti compare {name}` says what they show.")
 
 

@@ -42,7 +42,8 @@ def prefect_server(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str
         shares = ", ".join(f"{name} {weight / sum(weights):.0%}" for name, weight in zip(BEHAVIOURS, weights, strict=True))
         lost = ", its database lost" if loses else ""
         did = f"{words or 'flow'} ({' and '.join(stages)}): {shares} for {for_s} s{lost}, exit code {ended.returncode}"
-        if words and ("Traceback" in (said := ended.stdout + ended.stderr) or ended.returncode not in (0, 2, 75)):
+        said = ended.stdout + ended.stderr
+        if ended.returncode not in (0, 2, 75) or (words and "Traceback" in said):  # Prefect logs those of a flow
             return did, f"exit code {ended.returncode}: {' '.join(said.split())[-700:]}"
         return did, wrong(undisturbed, COMMANDS["flow"], here, _asking(server.address))
 

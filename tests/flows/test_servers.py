@@ -20,8 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+from prefect.exceptions import ObjectNotFound
 
 from components.errors import InputError, TryAgainError
 from flows import server_setup, servers
@@ -280,3 +282,11 @@ def test_commands_find_the_servers_by_themselves(here: Path, monkeypatch: pytest
     assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
     assert environment["PREFECT_API_AUTH_STRING"] == "user:a-long-password"
     assert environment["MLFLOW_TRACKING_PASSWORD"] == "a-long-password"
+
+
+def test_a_flow_that_its_server_fails_is_to_be_tried_again() -> None:
+    for error in (httpx.ConnectError("refused"), ObjectNotFound(Exception("no such run"))):
+        with pytest.raises(TryAgainError, match="what its stages made stands"), servers.prefect_failures():
+            raise error
+    with pytest.raises(InputError), servers.prefect_failures():
+        raise InputError("a stage's own error passes")
