@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -188,7 +189,10 @@ def prefect_failures() -> Iterator[None]:
 
     try:
         yield
-    except (httpx.HTTPError, PrefectException) as error:
+    except (httpx.HTTPError, PrefectException, ValueError) as error:
+        in_client = any("prefect/client/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+        if isinstance(error, ValueError) and not in_client:  # half an answer of the server is no text, JSON or record
+            raise
         raise TryAgainError(
             f"Prefect's server failed this flow ({type(error).__name__}: {first_line(error)}); what its stages made stands, so"
             " run the same command to go on"

@@ -288,5 +288,8 @@ def test_a_flow_that_its_server_fails_is_to_be_tried_again() -> None:
     for error in (httpx.ConnectError("refused"), ObjectNotFound(Exception("no such run"))):
         with pytest.raises(TryAgainError, match="what its stages made stands"), servers.prefect_failures():
             raise error
-    with pytest.raises(InputError), servers.prefect_failures():
-        raise InputError("a stage's own error passes")
+    with pytest.raises(TryAgainError), servers.prefect_failures():
+        exec(compile("b'\\x8b'.decode()", "site-packages/prefect/client/orchestration/client.py", "exec"))  # noqa: S102
+    for error in (InputError("a stage's own error passes"), ValueError("and a fault of this code")):
+        with pytest.raises(type(error)), servers.prefect_failures():
+            raise error
