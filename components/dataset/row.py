@@ -24,9 +24,8 @@ CONVERSATION = ("conversations", "messages", "texts")
 PROMPT = ("prompt", "completion")  # two lists of turns, one after the other
 CAPTION = "txt"  # WebDataset's caption
 DESCRIBE = "Describe the image."
-NumberedRow = tuple[
-    int, str, Any
-]  # number within the source, from 1; name for rows without an id; JSON, or the reader's Refusal
+# Number within the source, from 1; name for a row without an id; JSON, or the reader's Refusal
+NumberedRow = tuple[int, str, Any]
 
 
 class Row(NamedTuple):
