@@ -168,7 +168,8 @@ def losses(comparison: Comparison, rows: Losses, theme: Theme) -> Figure:
                 legend_lines.setdefault(arm, line)
         axes.set_title(f"L_{term}" if term != "total" else "weighted total")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # a panel may span less than a factor of two
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 3)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="major")
