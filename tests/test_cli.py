@@ -216,6 +216,14 @@ def test_use_says_where_own_values_are_kept(root: Path) -> None:
     assert result.returncode == 0 and backup and (root / backup[1] / "distill.yaml").is_file()
 
 
+def test_a_study_that_is_expanded_already_is_left_alone(root: Path) -> None:
+    assert "they are kept" not in alignti(root, "study", "expand", "smoke").stdout  # params/ were a recipe's
+    path = root / "params/evaluate.yaml"
+    path.write_text(path.read_text().replace("\nmax_new_tokens: ", "\nmax_new_tokens: 1"))
+    again = alignti(root, "study", "expand", "smoke")
+    assert (again.returncode, again.stdout) == (0, "params/ say already what study smoke says.\n")
+
+
 @pytest.mark.parametrize("args", [("check",), ("study", "list")])
 def test_ctrl_c_ends_a_command_with_the_promised_code(root: Path, args: tuple[str, ...]) -> None:
     ctrl_c = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.raise_signal(signal.SIGINT)\n"

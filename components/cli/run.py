@@ -42,12 +42,14 @@ def expand_study(name: str) -> None:
     from components.study import expand
     from flows.jobs import check_idle
 
-    expand.read(name)
+    texts = expand.merged(name)  # raises for an invalid study before anything is backed up
+    if not texts:
+        typer.echo(f"params/ say already what study {name} says.")
+        return
     check_idle()
     if backup_message := recipes.back_up_own_values():
         typer.echo(backup_message)
-    diff = expand.expand(name)
-    typer.echo(diff or f"params/study.yaml says already what study {name} says.")
+    typer.echo(recipes.write(texts))
 
 
 @study.command("run")

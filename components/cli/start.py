@@ -24,10 +24,10 @@ def use(recipe: str) -> None:
     from components.config import recipes
     from flows.jobs import check_idle
 
-    recipes.merged(recipe)  # raises for an invalid recipe before anything is backed up
+    texts = recipes.merged(recipe)  # raises for an invalid recipe before anything is backed up
     check_idle()  # later stages of a running job still read params/
-    backup_message = recipes.back_up_own_values()
-    diff = recipes.use(recipe)
+    backup_message = recipes.back_up_own_values() if texts else ""
+    diff = recipes.write(texts)
     for line in diff.splitlines():
         colour = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}.get(line[:1])
         typer.secho(line, fg=colour, bold=line.startswith(("+++", "---")))
@@ -110,7 +110,7 @@ def check(
         if settings.data.source == "digits" and raw.RAW.is_dir():
             raw.read()
         elif settings.data.source == "digits":
-            typer.echo("data/ is not restored yet: `make data` does, and `make repro` first", err=True)
+            typer.echo("data/ is not here yet: `make data` restores it, as `make repro` does", err=True)
         if absent := [name for name in settings.runtime.trackers if find_spec(name) is None]:
             raise SettingsError(
                 f"params/runtime.yaml: trackers: not installed: pip install {' '.join(absent)}, or leave it out"

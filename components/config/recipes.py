@@ -177,8 +177,8 @@ def overlay(name: str, root: Path = Path(), load: Loader | None = None) -> dict[
 
 def _document(name: str, root: Path, load: Loader | None = None) -> dict[str, Any]:
     """Recipe with its `like`, phase and mixture merged in. Raises SettingsError."""
-    stem, _, phase = name.partition("/")
-    if stem not in _file_stems(root) or (phase and phase not in phases(stem, root)):
+    stem, slash, phase = name.partition("/")
+    if stem not in _file_stems(root) or (slash and phase not in phases(stem, root)):
         available = names(root)
         raise SettingsError(f"there is no recipe {name!r}; {meant(name, available)}params/recipes/ has {', '.join(available)}")
     return _resolve(_with_parents(stem, root, load), name, root, load)

@@ -165,11 +165,13 @@ def families(study: Study, arms: Sequence[Cell]) -> dict[str, Family]:
 
 
 def expand(name: str, root: Path = Path()) -> str:
-    """Write the study's arms to params/study.yaml and its baselines to params/evaluate.yaml, and merge its `distill` into
-    params/distill.yaml; returns the diff.
+    """Merge the study into `params/` and return the diff. Nothing is written unless the result is valid."""
+    return recipes.write(merged(name, root), root)
 
-    Nothing is written unless the result is valid.
-    """
+
+def merged(name: str, root: Path = Path()) -> dict[Path, str]:
+    """New text of every params file that the study would change: its arms in study.yaml, its baselines in evaluate.yaml, its
+    `distill` in distill.yaml. Raises SettingsError for all problems of the study or of the merged settings."""
     study, arms = read(name, root), cells(name, root)
     first_cell = {cell.variant: cell.name for cell in reversed(arms)}  # variant -> its first cell
     updates = {
@@ -177,7 +179,7 @@ def expand(name: str, root: Path = Path()) -> str:
         "evaluate": {"baselines": [first_cell[variant] for variant in dict.fromkeys(study.baselines)]},
         "distill": study.distill,
     }
-    return recipes.write(recipes.checked_texts(updates, f"study {name}", root), root)
+    return recipes.checked_texts(updates, f"study {name}", root)
 
 
 def _arm_values(arm: Arm) -> dict[str, Any]:

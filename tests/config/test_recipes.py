@@ -100,7 +100,7 @@ def test_a_phase_lies_on_its_recipe_and_that_on_the_one_it_is_like() -> None:
     assert recipes.phases("paper-qwen3-1.7b", ROOT) == ["teacher-align", "teacher", "align"]
 
 
-@pytest.mark.parametrize("name", ["paper-qwen3-0.6/align", "paper-qwen3-0.6b/aling", "_full-size"])
+@pytest.mark.parametrize("name", ["paper-qwen3-0.6/align", "paper-qwen3-0.6b/aling", "_full-size", "digits/"])
 def test_an_unknown_recipe_or_phase_is_named_with_its_neighbour(name: str) -> None:
     with pytest.raises(SettingsError, match=f"there is no recipe '{name}'; .*params/recipes/ has digits"):
         recipes.merged(name, ROOT)
