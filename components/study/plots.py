@@ -14,6 +14,7 @@ from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test, on
 POINTS = 100
 MAX_AXES = 12  # factors that parallel coordinates can show legibly
 MAX_LABELS = 12  # variants, all of whose names fit beside their points
+TITLES = {HOURS: "device time", MEMORY: "peak memory, MiB", SCORE: "exact match"}
 MIN_LABEL_GAP = 0.05  # of the scores' range between two names on a Pareto front
 
 
@@ -38,10 +39,9 @@ def parallel_coordinates(result: StudyResult, theme: Theme) -> Figure:
     for position, name in enumerate(axes_names):
         axes.axvline(position, color=theme.muted, linewidth=0.8)
         for height, label in columns[name][1]:
-            axes.annotate(label, (position, height), (4, 0), textcoords="offset points", fontsize=7.5, va="center")
-    axes.set_xticks(
-        range(len(axes_names)), [name.removeprefix("cost/").replace("hours", "time").replace("_", " ") for name in axes_names]
-    )
+            note = axes.annotate(label, (position, height), (4, 0), textcoords="offset points", fontsize=7.5, va="center")
+            note.set_bbox({"boxstyle": "square,pad=0.15", "color": theme.paper, "alpha": 0.85})  # lines pass behind it
+    axes.set_xticks(range(len(axes_names)), [TITLES.get(name, name) for name in axes_names])
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(axes_names) - 0.6)
     for spine in axes.spines.values():
