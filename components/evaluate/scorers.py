@@ -77,10 +77,11 @@ def relaxed(answer: str, reference: str) -> float:
 
     A percentage counts as its hundredth; 0 has no relative error, so it is compared as text (Pix2Struct's evaluator).
     """
-    prediction, target = _number(answer.strip()), _number(reference)
+    answer, reference = answer.strip(), reference.strip()
+    prediction, target = _number(answer), _number(reference)
     if prediction is not None and target:
         return float(abs(prediction - target) / abs(target) <= RELAXED_TOLERANCE)
-    return float(fold_case(answer.strip()) == fold_case(reference))
+    return float(fold_case(answer) == fold_case(reference))
 
 
 def letter_vlmeval(answer: str, options: Mapping[str, str]) -> str | None:

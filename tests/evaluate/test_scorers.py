@@ -42,6 +42,8 @@ def said(answer: str, reference: str, question: str = LINES) -> Prediction:
         ("anls", said("grundik", "grundig"), 6 / 7),
         ("relaxed_accuracy", said("104", "100"), 1),
         ("relaxed_accuracy", said("106", "100"), 0),
+        ("relaxed_accuracy", said("red", " Red\n"), 1),  # answers are trained without that white space
+        ("relaxed_accuracy", said("12%", "12%\n"), 1),
     ],
 )
 def test_what_an_answer_is_worth(scorer: str, prediction: Prediction, worth: float) -> None:
