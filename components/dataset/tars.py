@@ -129,7 +129,8 @@ def _text(content: bytes, name: str) -> str:
 def members(tar: Path) -> Iterator[tarfile.TarInfo]:
     """All but the folders of an uncompressed tar file, in order; bytes of a name that are no UTF-8 are spelt `\\xf6`.
 
-    Raises DataError if it is not one or is truncated.
+    Raises DataError if it is not one, is truncated, or goes on where tarfile stops: at the end of the first of two joined
+    archives, and at a damaged header.
     """
     try:
         with tarfile.open(tar, "r:", errors="backslashreplace") as opened:
@@ -140,10 +141,17 @@ def members(tar: Path) -> Iterator[tarfile.TarInfo]:
             with tar.open("rb") as file:  # a complete archive ends with empty blocks
                 file.seek(opened.offset)
                 cut = len(file.read(512)) < 512
+                file.seek(opened.offset)
+                goes_on = any(block.strip(b"\0") for block in iter(lambda: file.read(2**20), b""))
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{tar} is no uncompressed tar file, or is damaged: {error}; fetch it again, or unpack it") from None
     if cut:
         raise DataError(f"{tar} is cut off after {tar.stat().st_size:,} bytes; fetch it again")
+    if goes_on:
+        raise DataError(
+            f"{tar} goes on after byte {opened.offset:,}, where its first archive ends or is damaged; fetch it again, or join"
+            " archives with tar -A"
+        )
 
 
 def _plain(member: tarfile.TarInfo) -> bool:

@@ -627,8 +627,10 @@ def gzipped(path: Path) -> None:
         (gzipped, "is no uncompressed tar file"),
         (lambda path: path.write_bytes(b"text" * 500), "is no uncompressed tar file"),
         (lambda path: path.write_bytes(b""), "is no uncompressed tar file"),
+        (lambda path: path.write_bytes(path.read_bytes() * 2), "goes on after byte 10,752"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"y\0", b"z\0", 1)), "goes on after byte 1,024"),
     ],
-    ids=["half", "at a member's end", "in a member", "compressed", "text", "empty"],
+    ids=["half", "at a member's end", "in a member", "compressed", "text", "empty", "another behind it", "a header"],
 )
 def test_a_tar_file_that_is_not_whole_is_an_error(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     asked_for = as_tars(tmp_path)
