@@ -50,6 +50,8 @@ def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card:
     student.processor.chat_template = chat_template  # training template, for servers and evaluation kits
     student.processor.save_pretrained(folder)
     write_text(folder / "README.md", card)
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
+        weights.chmod((folder / "README.md").stat().st_mode)
 
 
 def _stop_at(student: Loaded, eos: str) -> None:

@@ -52,6 +52,7 @@ def test_without_a_dtype_it_stays_as_stored_and_shards_are_no_larger_than_asked(
     shards = sorted(OUT.glob("*.safetensors"))
     assert done.dtype == "bf16" and len(shards) > 1 and (OUT / "model.safetensors.index.json").is_file()
     assert (OUT / "README.md").read_text() == "# It", "another's card goes along as it is"
+    assert len({file.stat().st_mode for file in OUT.iterdir()}) == 1, "a server of another user reads them all, by the umask"
 
 
 @pytest.mark.parametrize("ends", [None, 7, [7, 8]])
