@@ -28,8 +28,6 @@ class Sampler:
             by_weight.setdefault(weight, []).append(sample)
         self._by_weight = [(weight, by_weight[weight]) for weight in sorted(by_weight)]
         self.epoch_size = len(self._pool(0))
-        if not self.epoch_size:
-            raise DataError("the weights of the mixture leave nothing to train on; raise one in params/data.yaml")
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def _pool(self, epoch: int) -> list[int]:
@@ -37,7 +35,7 @@ class Sampler:
         pool: list[int] = []
         for weight, members in self._by_weight:
             copies, rest = divmod(weight, 1)
-            extra = round(rest * len(members))
+            extra = max(round(rest * len(members)), int(not copies))  # few samples of a low weight are not left out for ever
             pool += members * int(copies)
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(len(members), generator=generator).tolist()
