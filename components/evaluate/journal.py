@@ -20,10 +20,14 @@ class Journal:
         self.path = path
         self.answers: dict[str, str] = {}
         path.touch()
-        lines = path.read_bytes().split(b"\n")
-        for line in lines[:-1]:
-            self.answers.update(json.loads(line))
-        os.truncate(path, path.stat().st_size - len(lines[-1]))  # partial last line of a killed run
+        whole = 0
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            try:
+                self.answers.update(json.loads(line))
+            except (ValueError, TypeError):
+                break
+            whole += len(line) + 1
+        os.truncate(path, whole)  # the partial line of a killed run, or a damaged one; what it held is asked for again
         self._lock = Lock()
 
     def add(self, answers: Mapping[str, str]) -> None:

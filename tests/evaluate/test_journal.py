@@ -46,6 +46,13 @@ def test_wherever_the_file_is_cut_whole_lines_are_kept_and_writing_goes_on(
     assert Journal(path).answers == expected | {"more": "\u2028 line\nbreaks"}
 
 
+@pytest.mark.parametrize("damage", [b"\0\0\n", b'{"c": \n', b"[1]\n", b"\xff\n"])
+def test_what_is_behind_a_damaged_line_is_asked_for_again(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b'{"a": "one"}\n' + damage + b'{"b": "two"}\n')
+    assert Journal(path).answers == {"a": "one"} and path.read_bytes() == b'{"a": "one"}\n'
+
+
 def test_only_what_was_not_answered_is_generated(
     loaded: Loaded, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
