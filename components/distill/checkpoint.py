@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 
 from components.errors import InputError
 from components.io import write_text
+from components.models.checkpoint_folder import as_model_error
 from components.process import locked
 from components.records.paths import RUNS
 
@@ -58,16 +59,18 @@ class Checkpoints:
 
     @staticmethod
     def restore(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-        """Load the state at `path` and return its progress. Raises InputError if it was saved under another `layout`."""
-        progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        saved, current = progress.pop("layout"), layout(accelerator)
-        if saved != current:
-            raise InputError(
-                f"{path} was saved under {saved}, and this is {current}: go on as it began (`devices`, `accelerate` in"
-                f" params/runtime.yaml), or delete {path.parent} to begin anew"
-            )
-        accelerator.load_state(str(path))
-        return progress
+        """Load the state at `path` and return its progress. Raises InputError if it was saved under another `layout`, or is
+        damaged."""
+        with as_model_error(f"{path} is damaged, so delete {path.parent} to begin anew"):
+            progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+            saved, current = progress.pop("layout"), layout(accelerator)
+            if saved != current:
+                raise InputError(
+                    f"{path} was saved under {saved}, and this is {current}: go on as it began (`devices`, `accelerate` in"
+                    f" params/runtime.yaml), or delete {path.parent} to begin anew"
+                )
+            accelerator.load_state(str(path))
+            return progress
 
     def clear(self) -> None:
         """Delete all checkpoints, after the export."""

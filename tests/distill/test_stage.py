@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
@@ -206,6 +207,19 @@ def test_a_half_written_checkpoint_is_ignored(workplace: Path) -> None:
         assert checkpoints.latest() == checkpoints.folder / "step-00000010"
         with pytest.raises(TryAgainError, match="another process is training this arm"), Checkpoints.of("kd", "abc"):
             pass
+
+
+@pytest.mark.parametrize("progress", ['{"step": 4', '{"step": 4, "layout": "whole weights"}', "[]"])
+def test_a_damaged_checkpoint_is_named_with_what_to_delete(progress: str, tmp_path: Path) -> None:
+    from components.distill.checkpoint import Checkpoints
+
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004/progress.json").write_text(progress)
+    (tmp_path / "step-00000004/model.safetensors").touch()  # as a power cut leaves files
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match=f"step-00000004 is damaged, so delete {tmp_path} to begin anew: "):
+        Checkpoints.restore(accelerator, tmp_path / "step-00000004")
 
 
 def test_errors_name_what_to_change(workplace: Path) -> None:
