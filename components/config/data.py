@@ -110,7 +110,10 @@ class Mixture(HeldOut):
 
 
 class DataLimits(Strict):
-    max_pixels: PositiveInt = Field(description="an image with more pixels is quarantined before it is decoded")
+    max_pixels: PositiveInt = Field(
+        le=178_956_970,  # Pillow opens no larger ones
+        description="an image with more pixels is quarantined before it is decoded",
+    )
     max_image_mib: PositiveFloat = Field(description="an image file that is larger is quarantined before it is read, MiB")
     max_text_chars: PositiveInt = Field(description="characters of all turns of one conversation")
     max_bad_ratio: Ratio = Field(description="share of quarantined rows past which the stage stops")

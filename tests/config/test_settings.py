@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import BaseModel
 
 from components.align_ti import terms
@@ -154,6 +155,12 @@ def test_names_of_arms_that_cannot_be_stages_are_refused(root: Path, name: str) 
     put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft]")
     (problem,) = problems(root)
     assert problem.startswith("params/study.yaml:")
+
+
+def test_no_image_is_stored_that_pillow_does_not_open(root: Path) -> None:
+    put(root, "data", "max_pixels: [0-9_]+", f"max_pixels: {2 * int(Image.MAX_IMAGE_PIXELS or 0) + 1}")
+    (problem,) = problems(root)
+    assert "limits.max_pixels: " in problem and "less than or equal to 178956970" in problem
 
 
 def test_a_caption_describes_whole_patches(root: Path) -> None:
