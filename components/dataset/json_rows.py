@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from components.dataset.json_values import each_once
+from components.dataset.json_values import each_once, whole_number
 from components.dataset.row import CONVERSATION, PROMPT
 from components.errors import DataError, Refusal
 
@@ -22,7 +22,7 @@ SPACE = re.compile(r"[ \t\n\r]*")
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Number, from 1, and content of each row. The content is a Refusal for a JSONL line that is not JSON, and for a row with a
-    duplicate key, of which JSON readers silently take the last.
+    duplicate key, of which JSON readers silently take the last, or a number too long for Python.
 
     Raises DataError if the file is missing, unreadable, neither JSONL nor a list, a malformed list, or has an overlong line.
     """
@@ -64,7 +64,7 @@ def _no_rows(path: Path) -> DataError:
 def parse(content: bytes, name: str = "") -> Any:
     """Parse one JSON text. Raises Refusal malformed_json, with `name` before the detail."""
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=each_once)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=each_once, parse_int=whole_number)
     except Refusal as refusal:
         raise Refusal(refusal.reason, f"{name}{refusal.detail}") from None
     except json.JSONDecodeError as error:
@@ -115,8 +115,8 @@ class _Text:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
-        self._twice: Refusal | None = None
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self._refusal: Refusal | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._recorded(each_once), parse_int=self._recorded(whole_number))
         self.text, self.at = "", 0
 
     def symbol(self) -> str:
@@ -140,29 +140,30 @@ class _Text:
         amount = READ
         while True:
             try:
-                self._twice = None
+                self._refusal = None
                 value, end = self._decoder.raw_decode(self.text, self.at)
                 if end < len(self.text) and self.text[end] not in NUMBER:  # a number may continue: 12 of 123, 1 of 1.5
                     self.at = end
-                    return self._twice or value
+                    return self._refusal or value
                 problem = "it ends in the middle"
             except RecursionError as error:
                 raise Refusal("malformed_json", str(error)) from None
             except json.JSONDecodeError as error:  # may be for want of more text
                 problem = f"{error.msg}: {self.text[max(self.at, error.pos - 20) : error.pos + 20]!r}"
-            except ValueError as error:  # a number with too many digits for Python
-                raise Refusal("malformed_json", str(error)) from None
             if len(self.text) - self.at > LONGEST or not self._more(amount):
                 raise Refusal("malformed_json", problem)
             amount *= 2
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Object hook that records a duplicate key; the decoder continues, so that the list's other elements are read."""
-        try:
-            return each_once(pairs)
-        except Refusal as refusal:
-            self._twice = refusal
-            return dict(pairs)
+    def _recorded(self, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`hook`, whose refusal is recorded; the decoder continues, so that the list's other elements are read."""
+
+        def called(value: Any) -> Any:
+            try:
+                return hook(value)
+            except Refusal as refusal:
+                self._refusal = refusal
+
+        return called
 
     def _more(self, amount: int) -> bool:
         try:

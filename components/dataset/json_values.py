@@ -19,6 +19,14 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
+def whole_number(digits: str) -> int:
+    """JSON integer. Raises Refusal malformed_json for one of more digits than Python reads."""
+    try:
+        return int(digits)
+    except ValueError:
+        raise Refusal("malformed_json", f"a number has {len(digits):,} characters, too many to read") from None
+
+
 def is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from components.dataset.changes import Changes, is_unlearnt
 from components.dataset.image_refs import pointer
-from components.dataset.json_values import each_once, is_empty, is_null, short
+from components.dataset.json_values import each_once, is_empty, is_null, short, whole_number
 from components.dataset.media import Held, may_be_media
 from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Box, Turn
@@ -68,7 +68,7 @@ class TurnReader:
     def _listed(self, value: Any) -> list[dict[str, Any]]:
         if isinstance(value, str):
             try:
-                value = json.loads(value, object_pairs_hook=each_once)
+                value = json.loads(value, object_pairs_hook=each_once, parse_int=whole_number)
             except (ValueError, RecursionError):
                 raise Refusal("wrong_type", "the conversation is text, and no JSON") from None
             self.rules["json_text"] = "the conversation was JSON within text"
