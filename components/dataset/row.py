@@ -104,7 +104,9 @@ def _conversation(raw: dict[str, Any]) -> tuple[tuple[str, ...], Any]:
     if CAPTION not in raw:
         has = ", ".join(map(repr, raw)) or "nothing"
         raise Refusal(
-            "missing_key", f"there is no {', '.join(map(repr, CONVERSATION))}, or nothing in it; the row has {has}"[:400]
+            "missing_key",
+            f"there is no {', '.join(map(repr, CONVERSATION))}, or nothing in it; the row has {has}: write its words as"
+            " conversations: [{from: human, value: ...}, {from: gpt, value: ...}]",
         )
     return (), None
 

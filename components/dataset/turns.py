@@ -18,6 +18,7 @@ HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 ROLES = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "model": GPT, "system": SYSTEM, "developer": SYSTEM}
 SPEAKER = (("from", "value"), ("role", "content"))  # keys of a turn
 PAIR = ("user", "assistant")  # keys of a turn of `texts`: independent question-answer pairs about an image
+TURN = " or ".join(f"{{{', '.join(keys)}}}" for keys in (*SPEAKER, PAIR))
 INSTRUCTIONS = ("system", "system_prompt")
 CALLS = ("tool_calls", "function_call")
 
@@ -46,9 +47,7 @@ class TurnReader:
             members = {key: text for key, text in turn.items() if not is_null(text)}
             keys = next((keys for keys in (*SPEAKER, PAIR) if not members.keys().isdisjoint(keys)), None)
             if keys is None:
-                raise Refusal(
-                    "missing_key", f"a turn has no 'from' and 'value', but {', '.join(map(repr, members)) or 'nothing'}"
-                )
+                raise Refusal("missing_key", f"a turn is {TURN}, and one has {', '.join(map(repr, members)) or 'nothing'}")
             for key in keys:
                 if key not in members:
                     raise Refusal("missing_key", f"a turn has no {key!r}, or null in it")
@@ -78,9 +77,7 @@ class TurnReader:
             value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
             self.rules["columns"] = "the conversation was one list for each key"
         if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-            raise Refusal(
-                "wrong_type", "a conversation is a list of turns: {from, value}, {role, content} or {user, assistant}"
-            )
+            raise Refusal("wrong_type", f"a conversation is a list of turns: {TURN}")
         return value
 
     def _check_unread(self, members: dict[str, Any], known: tuple[str, ...], learnt: bool = False) -> None:
@@ -102,7 +99,7 @@ class TurnReader:
     def _role(self, name: Any) -> str:
         role = ROLES.get(name.lower()) if isinstance(name, str) else None
         if role is None:
-            raise Refusal("turns", f"a turn's role is one of {', '.join(ROLES)}, not {name!r}"[:200])
+            raise Refusal("turns", f"a turn's role is one of {', '.join(ROLES)}, not {name!r}")
         if role != name:
             self.rules["roles"] = f"{name!r} was read as {role!r}"
         return role

@@ -248,7 +248,8 @@ def test_an_answer_or_a_row_that_is_not_to_be_learnt_is_refused(mask: dict[str, 
 @pytest.mark.parametrize(
     ("raw", "reason", "said"),
     [
-        ({"instruction": "q", "output": "a"}, "missing_key", "the row has 'id', 'instruction', 'output'"),
+        ({"instruction": "q", "output": "a"}, "missing_key", "has 'id', 'instruction', 'output': write its words as"),
+        ({"texts": [{"question": "q", "answer": "a"}]}, "missing_key", "{user, assistant}, and one has 'question', 'answer'"),
         ({"messages": openai([{"type": "text", "value": "What?"}], "That.")}, "wrong_type", "'value': 'What"),
         ({"txt": "a dog"}, "missing_key", "no image is beside it"),
         ({"image": "https://x.org/a.png", "conversations": chat(CAT, "That.")}, "missing_file", "is an address"),
