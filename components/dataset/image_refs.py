@@ -33,6 +33,7 @@ def image_refs(
         if len(listed) > len(references) and all(reference in listed for reference in references):
             references = listed
         elif not all(reference in references for reference in listed):
+            changes.rules["joined_images"] = f"{len(listed)} of another key were put after the first {len(references)}"
             references = [*references, *listed]
     if all(place is None for place in places):
         return tuple(references)

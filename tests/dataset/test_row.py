@@ -385,6 +385,12 @@ def test_a_null_among_images_is_counted() -> None:
     assert "null beside 1 image" in read(images=[None, "b.png"], conversations=chat(CAT, "A cat.")).rules["null_image"]
 
 
+def test_images_of_two_keys_that_are_joined_are_counted() -> None:
+    row = read(image="a.png", images=["b.png", "c.png"], conversations=chat("Same?", "No."))
+    assert row.rules["joined_images"] == "2 of another key were put after the first 1"
+    assert "joined_images" not in read(image="b.png", images=["a.png", "b.png"], conversations=chat("Same?", "No.")).rules
+
+
 def test_one_image_opens_its_question_in_whatever_turn() -> None:
     row = read(image="c.png", conversations=chat("Hello?", "Hello.", "What is it?\n<image>", "A cat."))
     assert row.pictures == ("c.png",) and said(row) == [("Hello?", "Hello."), (CAT, "A cat.")]
