@@ -52,14 +52,18 @@ class DataError(InputError):
     """Data set, shard or sample that is unusable as configured."""
 
 
+def shortened(text: str) -> str:
+    """Text, without its middle if overlong."""
+    return text if len(text) <= 500 else f"{text[:400]} ... {text[-90:]}"
+
+
 class Refusal(Exception):
     """Row, image or sample that is left out: `reason` is a keyword of docs/data.md, `detail` a sentence, cut if overlong. The
     stage goes on."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        detail = detail if len(detail) <= 500 else f"{detail[:400]} ... {detail[-90:]}"
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, shortened(detail)
+        super().__init__(self.detail)
 
 
 class TryAgainError(AlignTIError):

@@ -39,7 +39,7 @@ def image_refs(
         return tuple(references)
     chosen = [references[int(place)] for place in places if place in range(len(references))]
     if len(chosen) < len(places) or not all(reference in chosen for reference in references):
-        raise Refusal("image_marks", f"the parts' 'index' is {places}, for {len(references)} images: which is meant?"[:200])
+        raise Refusal("image_marks", f"the parts' 'index' is {places}, for {len(references)} images: which is meant?")
     return tuple(chosen)
 
 

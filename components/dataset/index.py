@@ -26,7 +26,7 @@ from components.dataset.readers import Place, Store
 from components.dataset.row import Row, understand
 from components.dataset.shards import Turn
 from components.dataset.source import Refused, Rule
-from components.errors import DataError, Refusal
+from components.errors import DataError, Refusal, shortened
 from components.io import draft_of
 
 # An image's key is its place, which is unique; its name may be shared, and is made unique.
@@ -149,8 +149,8 @@ class _Source:
                 (sample_id, self._image(name, key, [place for *_, place in pictures]), row.number, row.kind, texts, boxes),
             )
         for rule, change in rules.items():
-            self.rules[rule] += 1
-            self.examples.setdefault(rule, (row.number, change))
+            self.rules[shortened(rule)] += 1
+            self.examples.setdefault(shortened(rule), (row.number, shortened(change)))
 
     def _picture(self, picture: str | Held) -> tuple[str, str, Place]:
         """Name, key and place of an image."""

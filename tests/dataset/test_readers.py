@@ -484,6 +484,15 @@ def test_ids_that_repeat_are_made_unique_and_the_card_says_so(tmp_path: Path) ->
     assert "| mine | repeated_id | 23 | row 2: 'same' became 'same#2' |" in (tmp_path / "dataset" / "card.md").read_text()
 
 
+def test_what_is_long_in_a_row_is_short_in_the_card(tmp_path: Path) -> None:
+    asked_for = as_folder(tmp_path)
+    odd = {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": 10**900}], "k" * 5000: 1}
+    (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), odd]))
+    prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+    lines = [line for line in (tmp_path / "dataset" / "card.md").read_text().splitlines() if line.startswith("| mine")]
+    assert max(map(len, lines)) < 600 and any("kkk ... kkk" in line for line in lines)
+
+
 def test_rows_of_several_json_files_and_of_parquet_beside_a_folder(tmp_path: Path) -> None:
     asked_for = as_folder(tmp_path)
     (tmp_path / "rows.json").unlink()
