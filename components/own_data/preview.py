@@ -1,7 +1,7 @@
 """`alignti preview`: samples of every kind as the student reads them, with visual and response tokens marked.
 
 Decoded from the token ids and masks of training. Reads about MAX_IMAGES at most: evenly spaced ones of the prepared
-training split if it is of these params, else the first ones of each part of the source.
+training split if it is of these params, else of the source, ADJACENT together as Parquet files are read by row group.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from components.tracking import provenance
 
 PAGE = REPORTS / "preview.html"
 MAX_IMAGES = 2_000  # about
+ADJACENT = 20  # images
 MAX_BINS = 24  # of the length histogram
 THUMBNAIL_PX = 240
 
@@ -64,7 +65,7 @@ class SamplePreview:
 class Preview:
     origin: str
     read_by: str  # names of the models
-    samples: dict[str, list[SamplePreview]]  # kind -> samples
+    samples: dict[str, list[SamplePreview]]  # kind -> samples; of a mixture `source: kind`
     tally: Tally  # over all images read
     max_length: int
     max_new_tokens: int
@@ -116,7 +117,8 @@ def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
             tally.add(split, samples, judge)
             issues = {issue.id: issue for issue in tally.issues[-len(samples) :]}
             for sample in samples:
-                if len(kind_previews := previews.setdefault(sample.kind, [])) < each:
+                source = f"{sample.id.partition('/')[0]}: " if settings.data.source == "mixture" else ""
+                if len(kind_previews := previews.setdefault(source + sample.kind, [])) < each:
                     issue = issues.get(sample.id)
                     cut_sample = sample if issue is None else sample.upto(issue.kept)
                     pieces = decode_pieces(collator, cut_sample) if cut_sample.turns else []
@@ -152,13 +154,13 @@ def _samples_by_image(settings: Settings, scratch: Path) -> tuple[str, Iterator[
         rows = np.unique(np.linspace(0, samples.images - 1, min(MAX_IMAGES, samples.images)).astype(int))
         bar = tqdm(rows, desc="preview", unit="image")
         return f"{DATASET}, split train", (("train", samples.about(int(row))) for row in bar)
-    source = source_of(settings.data, scratch / "index.sqlite")
+    source = source_of(settings.data.model_copy(update={"images_per_shard": ADJACENT}), scratch / "index.sqlite")
 
     def unprepared() -> Iterator[tuple[Split, list[Sample]]]:
-        images_per_part = -(-MAX_IMAGES // source.parts)
+        parts = np.unique(np.linspace(0, source.parts - 1, min(MAX_IMAGES // ADJACENT, source.parts)).astype(int))
         bar = tqdm(desc="preview", total=min(MAX_IMAGES, source.images), unit="image")
-        for part in range(source.parts):
-            for outcome in islice(source.rows(part), images_per_part):
+        for part in parts:
+            for outcome in islice(source.rows(int(part)), MAX_IMAGES):
                 bar.update()
                 if isinstance(outcome, Stored):
                     yield outcome.origin.split, outcome.row.about()

@@ -6,9 +6,11 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from components.cli import app
+from components.config.data import Mixture, MixtureSource
 from components.config.load import load_settings
 from components.dataset.prepare import prepare
 from components.own_data import preview as page
@@ -57,6 +59,17 @@ def test_a_sample_that_is_left_out_says_why(pointed: Path) -> None:
     assert not sample.pieces
     assert "models.max_length is 2,048" in sample.issue
     assert sample.issue in (page.write_page(shown())).read_text()
+
+
+def test_each_source_of_a_mixture_is_shown(pointed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MAX_IMAGES", 4)
+    monkeypatch.setattr(page, "ADJACENT", 2)
+    settings = load_settings()
+    one = MixtureSource(files="data/mine/rows.json", images=Path("data/mine/images"), weight=1.0, licence="CC0")
+    both = Mixture(val=0.2, test=0.2, near_duplicates="report", evaluation_images=[], sources={"first": one, "last": one})
+    data = settings.data.model_copy(update={"source": "mixture", "llava": None, "mixture": both})
+    found = page.preview(settings.model_copy(update={"data": data}), available_models(settings.models)[0], 1)
+    assert set(found.samples) == {"first: what", "first: how", "last: what", "last: how"}
 
 
 class Tags(HTMLParser):
