@@ -47,7 +47,7 @@ class ChatTemplate:
         self.wants_special_tokens = not (bos and self._surrounding_texts(("t",), 0)[0].startswith(bos))
         self._frames: dict[tuple[Shape, bool], list[Part | None]] = {}
 
-    def render(self, turns: Sequence[Turn], images: Sequence[str], answer: bool = True) -> Rendered:
+    def render(self, turns: Sequence[Turn], images: Sequence[str] | None, answer: bool = True) -> Rendered:
         """As `Template.render`, with newlines after images as in this template."""
         questions = [pieces(turn.question) for turn in (turns if answer else turns[:1])]
         shape = tuple("".join("i" if piece is None else "t" for piece in question) for question in questions)
@@ -56,7 +56,7 @@ class ChatTemplate:
             for question, turn in zip(questions, turns, strict=False)
             for text, response in [*((piece, False) for piece in question if piece is not None), (turn.answer.strip(), True)]
         )
-        image_texts, parts = iter(images), []
+        image_texts, parts = iter(images or ()), []
         for piece in self._frame(shape, answer):
             if piece is None:
                 parts.append(next(texts))

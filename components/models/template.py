@@ -52,14 +52,14 @@ class Template:
         _validate(bound, processor)
         return bound
 
-    def render(self, turns: Sequence[Turn], images: Sequence[str], answer: bool = True) -> Rendered:
+    def render(self, turns: Sequence[Turn], images: Sequence[str] | None, answer: bool = True) -> Rendered:
         """Text of all `turns`; of the first one up to `ASSISTANT:`, if not `answer`. Answers are stripped of white space.
 
-        `images`: placeholder of each image (the image token, once per visual token), in the order of their marks; a newline
-        follows those that open a question.
+        `images`: placeholder of each image (the image token, once per visual token), in the order of their marks, or None; a
+        newline follows those that open a question.
         The space before an answer is part of it: tokenizers join it to the first word, and a prompt ends without it.
         """
-        parts, image_texts = [Part(f"{self.system} " if self.system else "", template=True)], iter(images)
+        parts, image_texts = [Part(f"{self.system} " if self.system else "", template=True)], iter(images or ())
         for turn in turns if answer else turns[:1]:
             parts.append(Part(f"{USER} ", template=True))
             question = pieces(turn.question)

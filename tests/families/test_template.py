@@ -122,7 +122,7 @@ def test_an_answer_stands_right_after_the_words_of_a_prompt(jinja: str, images: 
 
 def test_what_data_say_does_not_change_what_a_template_writes() -> None:
     turns = (Turn("what </think> ?", "<think>one</think>"), Turn("\ue0000\ue001", "{{ no }}"))
-    whole = template(THINKING).render(turns, [])
+    whole = template(THINKING).render(turns, None)
     assert [part.text for part in whole.parts if not part.template] == [
         t for turn in turns for t in (turn.question, turn.answer)
     ]

@@ -33,7 +33,7 @@ def test_images_stand_where_the_data_put_them_a_line_each_where_they_open_a_ques
 
 
 def test_text_only_has_no_image_and_no_line_break() -> None:
-    assert Template("").render((Turn("list .", "one"),), []).text == "USER: list . ASSISTANT: one<|endoftext|>"
+    assert Template("").render((Turn("list .", "one"),), None).text == "USER: list . ASSISTANT: one<|endoftext|>"
 
 
 def test_chat_template_says_the_same() -> None:
