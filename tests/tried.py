@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from components.dataset.shards import Samples
+from components.dataset.shards import Sample, Samples
 from components.records.dataset import Manifest
 from components.records.paths import DATASET
 from components.records.rows import TriedRows
 from components.rows.judge import VERDICT
 
 
-def keep_all(dataset: Path = DATASET) -> None:
+def keep_all(dataset: Path = DATASET, tokens: Callable[[Sample], int] = lambda _: 0) -> None:
     """Beside `dataset`, where stages look for it."""
     manifest, target = Manifest.read(dataset / "manifest.json"), dataset.with_name("rows")
     target.mkdir(exist_ok=True)
     for split in manifest.splits:
-        verdict = [(len(sample.turns), 0, 0) for sample in Samples(dataset, split, check=False)]
+        verdict = [(len(sample.turns), tokens(sample), 0) for sample in Samples(dataset, split, check=False)]
         np.save(target / f"{split}.npy", np.array(verdict, dtype=VERDICT))
     TriedRows(digest=manifest.digest, max_length=0, tried_with=[], splits={}).write(target / "rows.json")

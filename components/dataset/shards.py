@@ -131,8 +131,8 @@ class Samples(Sequence[Sample]):
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
             raise DataError(f"{dataset / split}: shards do not hold what the manifest says; {ANEW}")
-        self._turns = None if tried is None else self._verdict(tried)["turns"]
-        usable = np.ones(int(counts.sum()), dtype=bool) if self._turns is None else self._turns > 0
+        self._verdicts = None if tried is None else self._read_verdicts(tried)
+        usable = np.ones(int(counts.sum()), dtype=bool) if self._verdicts is None else self._verdicts["turns"] > 0
         rows = np.repeat(np.arange(len(counts)), counts)
         self._stored = np.flatnonzero(usable)  # sample index -> index among all stored samples
         self.row_of = rows[usable]  # sample index -> image row
@@ -145,7 +145,7 @@ class Samples(Sequence[Sample]):
         """Pickle by path: a loader's worker opens the files itself, without checking hashes again."""
         return Samples, (self._dataset, self._split, self._tried, False)
 
-    def _verdict(self, tried: Path) -> np.ndarray:
+    def _read_verdicts(self, tried: Path) -> np.ndarray:
         tried_rows = TriedRows.read(tried / "rows.json")
         if tried_rows.digest != self.manifest.digest:
             raise DataError(f"{tried} is of another data set than {self._dataset}; `dvc repro check_rows` makes it anew")
@@ -159,8 +159,13 @@ class Samples(Sequence[Sample]):
         index = range(len(self))[index]
         row = int(self.row_of[index])
         stored = int(self._stored[index])
-        turns_kept = None if self._turns is None else int(self._turns[stored])
+        turns_kept = None if self._verdicts is None else int(self._verdicts["turns"][stored])
         return _sample(self._samples[stored].as_py(), *_images(self._table, row), turns_kept)
+
+    def tokens(self, index: int) -> int:
+        """Tokens of a sample as the model with the longest reading has it; only with `tried`."""
+        assert self._verdicts is not None
+        return int(self._verdicts["tokens"][self._stored[index]])
 
     def texts(self, row: int) -> list[Sample]:
         """All stored samples about image `row`, with empty bytes for images: no image is read."""

@@ -10,7 +10,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -49,7 +49,6 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     rollouts: Rollouts | None = None
     answers: Answers | None = None
     evidence: Evidence | None = None
-    _lengths: dict[int, int] = field(default_factory=dict, init=False)  # tokens of each sample encoded so far
 
     def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
         try:
@@ -74,11 +73,7 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
         tokens = self.settings.micro_batch_tokens
         if tokens is None:
             return split_batch(batch, self.settings.micro_batch_size, self.rank, self.ranks)
-        unmeasured = [index for _, index in batch if index not in self._lengths]
-        if unmeasured:
-            encoded = self.collator.encode([self.samples[index] for index in unmeasured])
-            self._lengths |= {index: len(row.input_ids) for index, row in zip(unmeasured, encoded, strict=True)}
-        lengths = [self._lengths[index] for _, index in batch]
+        lengths = [self.samples.tokens(index) for _, index in batch]
         return split_batch_by_length(batch, lengths, tokens, self.rank, self.ranks)
 
 

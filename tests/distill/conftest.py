@@ -13,6 +13,8 @@ import yaml
 
 from components.dataset.shards import ImageRow, Turn
 from components.models.checkpoint_folder import record
+from components.models.collate import Collator
+from components.models.template import Template
 from components.records.dataset import Manifest
 from components.records.models import ModelIndex
 from components.records.paths import DATASET, IRS, MODELS, TEACHER
@@ -44,8 +46,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Manifest(source="digits", rows_in=8, rows_out=8, quarantined=0, splits={"train": train}, digest=digest).write(
             DATASET / "manifest.json"
         )
-        keep_all()
         processor = word_processor()
+        reads = Collator(processor, Template(""), 64, train=True)
+        keep_all(tokens=lambda sample: len(reads.encode([sample])[0].input_ids))
         teacher = saved(MODELS / "teachers/base", processor, hidden=48)
         student = saved(MODELS / "students/student", processor)
         index = ModelIndex(

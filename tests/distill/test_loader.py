@@ -20,13 +20,13 @@ from components.errors import DataError, TryAgainError
 from components.models.collate import Collator
 from components.models.load import load_processor
 from components.models.template import Template
-from components.records.paths import DATASET, MODELS
+from components.records.paths import DATASET, MODELS, ROWS
 
 
 def steps_of(max_length: int = 64, rank: int = 0, ranks: int = 1, **changes: Any) -> Steps:
     settings = load_settings().distill.model_copy(update=changes)
     collator = Collator(load_processor(MODELS / "students/student"), Template(""), max_length, train=True)
-    samples = Samples(DATASET, "train")
+    samples = Samples(DATASET, "train", ROWS)
     return Steps(samples, collator, Sampler(list(range(len(samples))), settings.batch_size, 1), settings, rank, ranks)
 
 
@@ -46,6 +46,18 @@ def test_two_loaders_give_what_none_does_from_any_step_on(workplace: Path) -> No
     assert len(here) == 4 and not same(here[0], here[1])
     ahead = list(batches(steps_of(micro_batch_tokens=64), 2, 4, loaders=2))
     assert all(same(one, other) for one, other in zip(here[2:], ahead, strict=True))
+
+
+def test_passes_by_length_encode_a_rank_s_own_samples_once(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = Collator.encode
+    monkeypatch.setattr(
+        Collator,
+        "encode",
+        lambda self, samples, *a, **k: encoded.extend(s.id for s in samples) or encode(self, samples, *a, **k),
+    )
+    shares = [next(batches(steps_of(micro_batch_tokens=64, rank=rank, ranks=2), 0, 1, loaders=0)) for rank in range(2)]
+    assert encoded == [id_ for share in shares for batch, _ in share for id_ in batch.ids]
 
 
 def test_ranks_load_their_shares_of_the_same_batch(workplace: Path) -> None:

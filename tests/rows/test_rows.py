@@ -179,6 +179,7 @@ def test_lengths_are_those_of_the_longest_reading(here: Path) -> None:
         collator = Collator(load_processor(toy.folder(family)), Template("", style="processor"), MOST, train=True)
         rows = collator.encode(list(samples))
         kept = verdict[verdict["turns"] > 0]
+        assert [samples.tokens(index) for index in range(len(samples))] == kept["tokens"].tolist()
         assert all(len(row.input_ids) <= tokens for row, tokens in zip(rows, kept["tokens"], strict=True))
         assert all(row.response.sum() <= tokens for row, tokens in zip(rows, kept["response"], strict=True))
 
