@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,18 +19,26 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
 from components.config.load import load_settings
-from components.dataset.shards import Turn
+from components.dataset.shards import ImageRow, Turn
 from components.distill.__main__ import distill
 from components.errors import DataError, InputError, Interrupted, SettingsError, TryAgainError
+from components.models.checkpoint_folder import record
 from components.models.template import Template
+from components.records.dataset import Manifest
 from components.records.distill import Cost
-from components.records.paths import IRS, STUDENTS
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, IRS, MODELS, STUDENTS, TEACHER
 from components.records.record import Absent
+from components.records.teacher import TeacherChoice
 from components.teacher_answers import __main__ as answers
 from components.teacher_cache import __main__ as evidence
 from components.teacher_cache.find_evidence import EvidencePass
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, STEPS, write_params
+from tests.families import toy
+from tests.families.test_several_images import conversation
+from tests.shards import write_split
+from tests.tried import keep_all
 
 
 def run(arm: str = "align_ti") -> Path:
@@ -133,6 +142,23 @@ KEPT: dict[str, Any] = {
 }
 
 
+def assert_kill_9_changes_nothing(root: Path, arm: str, distill: dict[str, Any], seconds: int = 90) -> None:
+    write_params(root, "distill", distill)
+    wanted = weights(run(arm))
+    losses = (STUDENTS / arm / "losses.jsonl").read_text()
+    write_params(root, "distill", distill | {"checkpoint_every": 3})
+    killed = subprocess.Popen(command(arm), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(lambda: list(Path(f".runs/distill/{arm}").glob("*/step-*")), killed, seconds)
+    killed.kill()
+    killed.wait()
+    left = list(Path(f".runs/distill/{arm}").glob("*/step-*"))
+    assert left, "it was killed after a checkpoint and before the end"
+    finished = subprocess.run(command(arm), env=environment(), capture_output=True, text=True, check=True)
+    assert "resumed at step" in finished.stdout
+    assert weights(STUDENTS / arm) == wanted
+    assert (STUDENTS / arm / "losses.jsonl").read_text() == losses
+
+
 @pytest.mark.parametrize("arm", ["align_ti", *(pytest.param(name, marks=pytest.mark.live) for name in FIELD)])
 def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(
     workplace: Path, arm: str, monkeypatch: pytest.MonkeyPatch
@@ -146,20 +172,35 @@ def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(
         monkeypatch.setattr(EvidencePass, "_right", lambda self, samples: [True] * len(samples))  # this teacher has not learnt
         evidence.build_signals(load_settings())
         answers.generate(load_settings())
-    write_params(workplace, "distill", distill)
-    wanted = weights(run(arm))
-    losses = (STUDENTS / arm / "losses.jsonl").read_text()
-    write_params(workplace, "distill", distill | {"checkpoint_every": 3})
-    killed = subprocess.Popen(command(arm), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _wait_for(lambda: list(Path(f".runs/distill/{arm}").glob("*/step-*")), killed, seconds=600 if arm in FIELD else 90)
-    killed.kill()
-    killed.wait()
-    left = list(Path(f".runs/distill/{arm}").glob("*/step-*"))
-    assert left, "it was killed after a checkpoint and before the end"
-    finished = subprocess.run(command(arm), env=environment(), capture_output=True, text=True, check=True)
-    assert "resumed at step" in finished.stdout
-    assert weights(STUDENTS / arm) == wanted
-    assert (STUDENTS / arm / "losses.jsonl").read_text() == losses
+    assert_kill_9_changes_nothing(workplace, arm, distill, seconds=600 if arm in FIELD else 90)
+
+
+def show_several_images(root: Path, family: str) -> None:
+    """A toy pair of the family, and rows of none to four images, in place of the workplace's own."""
+    write_params(root, "models", {"max_length": 512})
+    samples = [conversation(*shown) for shown in [(0,), (1,), (1, 1), (2, 1), (0, 2, 2)]]
+    rows = [ImageRow(one.image_id, one.image, ((one.id, one.kind, one.turns),), one.more) for one in samples]
+    shutil.rmtree(DATASET), shutil.rmtree(MODELS)
+    train = write_split(DATASET / "train", rows, images_per_shard=9)
+    Manifest(
+        source="digits", rows_in=5, rows_out=5, quarantined=0, splits={"train": train}, digest=train.shards[0].sha256
+    ).write(DATASET / "manifest.json")
+    keep_all()
+    teacher = Path(shutil.copytree(toy.folder(family, 1, 3), MODELS / "teachers/base"))
+    student = Path(shutil.copytree(toy.folder(family, 2, 2), MODELS / "students/student"))
+    index = ModelIndex(
+        teachers={"base": record(teacher, "teacher", "toy", None, None)},
+        students={"student": record(student, "student", "toy", None, None)},
+    )
+    index.write(MODELS / "index.json")
+    TeacherChoice(name="base", path=str(teacher), sha256=index.teachers["base"].sha256).write(TEACHER / "choice.json")
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_kill_9_on_rows_of_none_to_four_images_and_resume_gives_the_same_bytes(workplace: Path, family: str) -> None:
+    show_several_images(workplace, family)
+    assert_kill_9_changes_nothing(workplace, "align_ti", {"steps": 40}, seconds=600)
 
 
 @pytest.mark.parametrize("loaders", [0, 1])
