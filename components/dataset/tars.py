@@ -32,6 +32,7 @@ def rows(tars: list[Path]) -> Iterator[NumberedRow]:
     """Rows of a WebDataset: the members of one tar file that share a name up to its first dot are one sample, in any order.
 
     KEY.json holds a row, KEY.txt a caption, KEY.jpg (or another image format) the image, which overrides the row's.
+    Raises DataError for a tar file without a row.
     """
     number = 0
     for index, tar in enumerate(tars):
@@ -42,15 +43,17 @@ def rows(tars: list[Path]) -> Iterator[NumberedRow]:
                 key, ending = KEY.fullmatch(name).groups()  # type: ignore[union-attr]  # any name matches
                 ending = ending.lower() if _plain(member) else f"{ending}{LINK}{member.linkname or 'no plain file'}"
                 samples.setdefault(key, []).append(Member(ending, member.offset_data, member.size))
-        alone = {
-            key.rpartition("/")[2]: key
-            for key, parts in samples.items()
-            if all(MEDIA_FILE.search(f".{ending}") for ending, *_ in parts)
-        }
+        alone = [key for key, parts in samples.items() if all(MEDIA_FILE.search(f".{ending}") for ending, *_ in parts)]
+        if samples and len(alone) == len(samples):
+            raise DataError(
+                f"{tar} holds pictures, videos or sounds, and no row: put each beside its row, KEY.json, or give rows in a JSON"
+                " file as `files` and the tar files as `images`"
+            )
+        by_name = {key.rpartition("/")[2]: key for key in alone}
         with tar.open("rb") as file:
             for key, parts in samples.items():
                 name = f"{tar.stem}/{key}"
-                other = alone.get(key.rpartition("/")[2], key)
+                other = by_name.get(key.rpartition("/")[2], key)
                 apart = Refusal(
                     "ambiguous_name", f"{tar.stem}/{other} may be its picture, and is not beside {name}.json in {tar}"
                 )

@@ -401,6 +401,14 @@ def test_a_picture_that_is_not_beside_its_row_is_not_nothing(tmp_path: Path) -> 
     assert "x/c.json: Expecting property name" in quarantine(tmp_path / "out")[3].detail
 
 
+def test_a_tar_file_of_pictures_alone_is_refused_as_its_rows_would_be_text(tmp_path: Path) -> None:
+    row = json.dumps({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}).encode()
+    tar_of(tmp_path / "a.tar", {f"{n}.json": row for n in range(3)})
+    tar_of(tmp_path / "b.tar", {f"{n}.png": picture(n) for n in range(3)})
+    with pytest.raises(DataError, match=r"b\.tar holds pictures, videos or sounds, and no row"):
+        list(store(f"{tmp_path}/*.tar", None).rows())
+
+
 def test_whatever_else_a_tar_file_holds_is_counted_or_refused(tmp_path: Path) -> None:
     """Hidden files, two rows under one key, links without an ending, devices, and members stored in parts (tar -S)."""
     row = json.dumps({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}).encode()
