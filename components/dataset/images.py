@@ -104,7 +104,9 @@ def _pixels(image: Image.Image) -> Any:
 def _rgb(image: Image.Image, path: str, orientation: Any) -> Image.Image:
     """8-bit RGB image whose EXIF data are the original's orientation alone: Pillow cannot write damaged entries again."""
     if image.mode.startswith("I;16"):
-        converted = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        shown = np.where(grey == image.info.get("transparency"), 255, grey >> 8)
+        converted = Image.fromarray(shown.astype(np.uint8)).convert("RGB")
     elif image.mode in ("I", "F", "LAB"):
         raise Refusal("unsupported", f"{path} has {image.mode} pixels, whose range is not known; convert it to 8-bit RGB")
     elif image.has_transparency_data:

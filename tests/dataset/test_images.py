@@ -42,10 +42,10 @@ def test_plain_files_keep_their_bytes(tmp_path: Path, name: str) -> None:
 
 
 def test_a_colour_that_is_declared_transparent_is_white(tmp_path: Path) -> None:
-    for mode, clear in (("RGB", (0, 0, 0)), ("L", 0)):
+    for mode, clear, other in (("RGB", (0, 0, 0), (9, 9, 9)), ("L", 0, 9), ("I;16", 300, 9 << 8)):
         image = Image.new(mode, (8, 8), clear)
-        image.putpixel((0, 0), 9 if mode == "L" else (9, 9, 9))
-        pixels = decoded(load(saved(tmp_path / f"{mode}.png", image, transparency=clear), LIMITS))
+        image.putpixel((0, 0), other)
+        pixels = decoded(load(saved(tmp_path / f"{mode[0]}.png", image, transparency=clear), LIMITS))
         assert pixels[0, 0].tolist() == [9, 9, 9] and (pixels[1:] == 255).all()
 
 
