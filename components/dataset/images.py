@@ -49,7 +49,7 @@ def check(content: bytes, path: str, limits: DataLimits) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about odd but readable files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _decode(content, path)
+            return decode(content, path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Refusal("too_large", f"{path} has more than limits.max_pixels = {limits.max_pixels:,} pixels") from None
     except UnidentifiedImageError:
@@ -78,7 +78,8 @@ def read(path: Path, max_mib: float) -> bytes:
         raise Refusal("missing_file", f"{str(path)!r} cannot be read: {error}") from None
 
 
-def _decode(content: bytes, path: str) -> Picture:
+def decode(content: bytes, path: str) -> Picture:
+    """Picture of an image file's bytes, of any size. Raises Refusal: unsupported; and whatever Pillow raises."""
     with Image.open(io.BytesIO(content), formats=READ) as image:
         image.load()  # the first frame
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -69,6 +69,7 @@ class Checkpoints:
                     f"{path} was saved under {saved}, and this is {current}: go on as it began (`devices`, `accelerate` in"
                     f" params/runtime.yaml), or delete {path.parent} to begin anew"
                 )
+            (path / "random_states_0.pkl").stat()  # accelerate goes on without it
             accelerator.load_state(str(path))
             return progress
 

@@ -256,11 +256,25 @@ def test_a_damaged_checkpoint_is_named_with_what_to_delete(progress: str, tmp_pa
 
     (tmp_path / "step-00000004").mkdir()
     (tmp_path / "step-00000004/progress.json").write_text(progress)
-    (tmp_path / "step-00000004/model.safetensors").touch()  # as a power cut leaves files
+    for name in ("model.safetensors", "random_states_0.pkl"):
+        (tmp_path / "step-00000004" / name).touch()  # as a power cut leaves files
     accelerator = Accelerator(cpu=True)
     accelerator.prepare(torch.nn.Linear(1, 1))
     with pytest.raises(InputError, match=f"step-00000004 is damaged, so delete {tmp_path} to begin anew: "):
         Checkpoints.restore(accelerator, tmp_path / "step-00000004")
+
+
+def test_a_checkpoint_without_its_random_state_is_not_resumed(tmp_path: Path) -> None:
+    from components.distill.checkpoint import Checkpoints, layout
+
+    accelerator, folder = Accelerator(cpu=True), tmp_path / "step-00000004"
+    accelerator.prepare(torch.nn.Linear(1, 1))
+    accelerator.save_state(str(folder))
+    (folder / "progress.json").write_text(json.dumps({"step": 4, "layout": layout(accelerator)}))
+    assert Checkpoints.restore(accelerator, folder) == {"step": 4}
+    (folder / "random_states_0.pkl").unlink()
+    with pytest.raises(InputError, match=r"is damaged, so delete .*/random_states_0\.pkl"):
+        Checkpoints.restore(accelerator, folder)
 
 
 def test_errors_name_what_to_change(workplace: Path) -> None:

@@ -1,11 +1,14 @@
-"""Patches of `transformers serve`: one model name, HTTP 400 for invalid requests, answers cut at the context length.
+"""Patches of `transformers serve`: one model name, HTTP 400 for invalid requests, answers cut at the context length, images
+decoded as for training.
 
 As released, /v1/models lists the hub's cache and fails without one, answers are of NAME@main, a wrong request is a 500
-without a word, and `max_tokens` has no bound, though every request waits for the one before.
+without a word, `max_tokens` has no bound, though every request waits for the one before, and what is transparent in an image
+is black.
 """
 
 from __future__ import annotations
 
+import base64
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
@@ -19,6 +22,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler
 
+from components.dataset.images import decode
 from components.errors import first_line
 
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -42,10 +46,10 @@ def patch(name: str) -> None:
 
 
 def check(body: dict[str, Any], context: int) -> None:
-    """Cut the asked length of the answer to `context` tokens.
+    """Cut the asked length of the answer to `context` tokens, and make images the RGB that `prepare` stores.
 
-    Raises HTTPException (400) for no messages, no length, or an image that is no data URL: the server would open any file of
-    this machine, and any address, for whoever asks.
+    Raises HTTPException (400) for no messages, no length, an unreadable image, or one that is no data URL: the server would
+    open any file of this machine, and any address, for whoever asks.
     """
     if not body.get("messages", True):
         raise HTTPException(400, "messages is empty: nothing is asked")
@@ -54,22 +58,33 @@ def check(body: dict[str, Any], context: int) -> None:
             if not isinstance(length, int) or length < 1:
                 raise HTTPException(400, f"{key} is {length!r}: it is a number of tokens, 1 or more")
             body[key] = min(length, context)
-    for address in _images([body.get("messages"), body.get("input")]):
-        if not address.startswith("data:"):
-            raise HTTPException(400, f"an image comes as a data URL, not from {address[:80]}")
+    for part, key in _images([body.get("messages"), body.get("input")]):
+        part[key] = _as_stored(part[key])
     if body.get("generation_config") is not None:  # would have any length
         raise HTTPException(
             400, "generation_config is not taken; temperature, top_p, seed and the length have keys of their own"
         )
 
 
-def _images(part: Any) -> Iterator[str]:
-    """Addresses of the images in parts of a request."""
+def _images(part: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Objects of a request that hold an image's address, each with its key."""
     for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
         if key in ("image_url", "image", "url", "path") and isinstance(value, str):
-            yield value
+            yield part, key
         else:
             yield from _images(value)
+
+
+def _as_stored(address: str) -> str:
+    """Data URL of the image as `prepare` stores it."""
+    if not address.startswith("data:"):
+        raise HTTPException(400, f"an image comes as a data URL, not from {address[:80]}")
+    header, _, encoded = address.partition(",")
+    try:
+        picture = decode(base64.b64decode(encoded), "an image")
+    except Exception as error:  # decoders may raise anything on invalid bytes
+        raise HTTPException(400, f"an image cannot be read: {first_line(error)}") from None
+    return f"{header},{base64.b64encode(picture.content).decode()}"
 
 
 def _with_error_response(handle: Handle) -> Handle:

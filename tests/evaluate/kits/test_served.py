@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from contextlib import nullcontext
@@ -12,6 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from PIL import Image
 
 from components.config.load import load_settings
 from components.dataset.shards import Samples
@@ -78,7 +81,7 @@ def test_the_served_student_says_what_direct_generation_says_token_for_token(
 def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answered(
     endpoint: Endpoint, samples: Samples
 ) -> None:
-    with pytest.raises(RequestRejected, match=r"HTTP 400.*Incorrect image source"):
+    with pytest.raises(RequestRejected, match=r"HTTP 400.*an image cannot be read"):
         chat_completion(endpoint, [b"no image", "List all."], 2)
     assert chat_completion(endpoint, [samples[0].image or b"", "List all."], 2)
 
@@ -119,6 +122,18 @@ def test_an_answer_is_no_longer_than_the_context() -> None:
     body: dict[str, Any] = {"messages": ["x"], "max_tokens": 100_000, "max_output_tokens": 5, "max_completion_tokens": None}
     check(body, 512)
     assert body == {"messages": ["x"], "max_tokens": 512, "max_output_tokens": 5, "max_completion_tokens": None}
+
+
+@needs_server
+def test_an_image_is_served_with_the_pixels_that_training_has() -> None:
+    from components.evaluate.kits.stock_server import check
+
+    file = io.BytesIO()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(file, "PNG")
+    url = {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
+    check({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]}, 512)
+    with Image.open(io.BytesIO(base64.b64decode(url["url"].partition(",")[2]))) as image:
+        assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 255, 255))
 
 
 @needs_server
