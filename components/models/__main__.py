@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from components.config.load import load_settings
 from components.config.models import Checkpoint, Cut, ModelsSettings, Parts
@@ -39,6 +39,7 @@ def main() -> None:
                 models, samples, MODELS, settings.runtime, lambda name, loss, step: run.metrics({f"loss/{name}": loss}, step)
             )
         elif models.pretrained is not None:
+            check_processors(models)
             for role, members in (("teachers", models.pretrained.teachers), ("students", models.pretrained.students)):
                 for name, member in members.items():
                     obtain_member(member, MODELS / role / name, models.template.system)
@@ -53,6 +54,30 @@ def main() -> None:
         if entries
     )
     print(f"obtain_models: {sizes} parameters; in {time.perf_counter() - started:,.0f} s -> {MODELS / 'index.json'}")
+
+
+def check_processors(models: ModelsSettings) -> None:
+    """Open the processor of every checkpoint before any weights are downloaded. Raises as `locate` and `open_processor` do."""
+    from components.models.download import locate
+    from components.models.tinyllava import is_tinyllava
+
+    for member in (*models.members.teachers.values(), *models.members.students.values()):
+        if isinstance(member, Checkpoint) and not is_tinyllava(folder := locate(member, weights=False)):
+            open_processor(folder, models)
+
+
+def open_processor(folder: Path, models: ModelsSettings) -> Any:
+    """Processor of a folder. Raises ModelError if the model's family, the processor or its template is unusable."""
+    from components.models.collate import check_special_tokens
+    from components.models.load import check_kind
+    from components.models.processor import load_processor
+    from components.models.template import Template
+
+    check_kind(folder)
+    processor = load_processor(folder)
+    check_special_tokens(processor)
+    Template.from_settings(models.template).of(processor)
+    return processor
 
 
 def obtain_member(member: Checkpoint | Parts | Cut, target: Path, system: str) -> Path:
@@ -88,21 +113,13 @@ def origin_of(member: object, path: Path) -> tuple[str, str | None]:
 
 
 def build_index(models: ModelsSettings, folder: Path) -> ModelIndex:
-    """Index of the models under `folder`. Raises ModelError if a processor or its template is unusable."""
+    """Index of the models under `folder`. Raises as `open_processor` does."""
     from components.models.checkpoint_folder import record
-    from components.models.collate import check_special_tokens
     from components.models.image_processor import visual_tokens
-    from components.models.load import check_kind
-    from components.models.processor import load_processor
-    from components.models.template import Template
 
     def model_record(role: Literal["teacher", "student"], name: str, member: object) -> ModelRecord:
         path = folder / f"{role}s" / name
-        check_kind(path)
-        processor = load_processor(path)
-        check_special_tokens(processor)
-        Template.from_settings(models.template).of(processor)
-        return record(path, role, *origin_of(member, path), visual_tokens(processor))
+        return record(path, role, *origin_of(member, path), visual_tokens(open_processor(path, models)))
 
     return ModelIndex(
         teachers={name: model_record("teacher", name, member) for name, member in models.members.teachers.items()},

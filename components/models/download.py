@@ -28,7 +28,8 @@ from components.errors import ModelError, TryAgainError
 from components.io import whole_folder
 from components.models.checkpoint_folder import weight_files
 
-ALLOWED_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
+WEIGHTS = "*.safetensors"
+ALLOWED_PATTERNS = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
 SUBFOLDERS = ["*/*"]  # exports to other formats, training checkpoints
 
 
@@ -42,8 +43,8 @@ def obtain(checkpoint: Checkpoint, target: Path) -> Path:
     return target
 
 
-def locate(checkpoint: Checkpoint) -> Path:
-    """Local folder, or the hub's snapshot of that commit, downloaded if it is not in the cache.
+def locate(checkpoint: Checkpoint, weights: bool = True) -> Path:
+    """Local folder, or the hub's snapshot of that commit, downloaded if it is not in the cache, with or without its weights.
 
     Raises:
         ModelError: no such repository, revision or folder; gated; no safetensors weights; a file cut short.
@@ -54,18 +55,20 @@ def locate(checkpoint: Checkpoint) -> Path:
         if not source.is_dir():
             raise ModelError(f"{source}: no such folder; for a hub id, give its 40-digit commit as `revision`")
     else:
-        source = snapshot(checkpoint.source, checkpoint.revision)
-    weight_files(source)
+        source = snapshot(checkpoint.source, checkpoint.revision, weights)
+    if weights or checkpoint.revision is None:
+        weight_files(source)
     return source
 
 
-def snapshot(source: str, revision: str | None) -> Path:
+def snapshot(source: str, revision: str | None, weights: bool = True) -> Path:
     """Hub cache folder of a model, downloaded if absent; the newest revision by default.
 
     Raises ModelError and TryAgainError as `locate`.
     """
+    patterns = [pattern for pattern in ALLOWED_PATTERNS if weights or pattern != WEIGHTS]
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=ALLOWED_PATTERNS, ignore_patterns=SUBFOLDERS))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS))
     except GatedRepoError:
         raise ModelError(
             f"{source} is gated: accept its terms on huggingface.co, then `hf auth login` or set HF_TOKEN, and run again"
@@ -81,7 +84,7 @@ def snapshot(source: str, revision: str | None) -> Path:
         ) from None
     except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
         raise TryAgainError(f"{source}: the download broke off ({_cause(error)}); run again to go on from there") from None
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob(WEIGHTS)):
         raise ModelError(
             f"{source}{f' at {revision[:8]}' if revision else ''} has no *.safetensors weights, and pickled ones are not "
             "taken, since reading them can run code; convert them, or choose another revision"

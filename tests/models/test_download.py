@@ -8,7 +8,7 @@ from huggingface_hub import errors as hub
 from components.config.models import Checkpoint
 from components.errors import ModelError, TryAgainError
 from components.models import download as module
-from components.models.download import obtain
+from components.models.download import locate, obtain
 from components.models.load import load
 from tests.models.conftest import saved, word_processor
 
@@ -52,6 +52,8 @@ def test_hub_snapshot_is_pinned_filtered_and_linked(local: Path, tmp_path: Path,
     assert not any("bin" in p or ".pt" in p or ".py" in p for p in asked["allow_patterns"]) and asked["ignore_patterns"] == [
         "*/*"
     ]
+    locate(Checkpoint(source="org/model", revision=COMMIT), weights=False)
+    assert "*.json" in asked["allow_patterns"] and not any("safetensors" in p for p in asked["allow_patterns"])
     weights = target / "model.safetensors"
     assert not weights.is_symlink() and weights.samefile(local / "model.safetensors")
     assert not (target / "optimizer.pt").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.errors import ModelError
 from components.io import sha256
 from components.models.__main__ import main
 from components.process import exit_from
@@ -84,6 +85,19 @@ def test_a_refusal_is_one_sentence_and_leaves_no_index(place: Path, capsys: pyte
     assert end.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("ModelError: nowhere: no such folder")
     assert not (MODELS / "index.json").exists()
+
+
+def test_a_template_that_cannot_serve_is_refused_before_any_model_is_obtained(place: Path) -> None:
+    good, bad = (saved(place / name, word_processor()) for name in ("good", "bad"))
+    (bad / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    pretrained = {
+        role: {name: {"source": str(folder), "revision": None}}
+        for role, name, folder in (("teachers", "good", good), ("students", "student", bad))
+    }
+    set_models(place, family="pretrained", embedded=None, pretrained=pretrained, template={"style": "processor", "system": ""})
+    with pytest.raises(ModelError, match=r"bad: .*set template\.style: vicuna"):
+        main()
+    assert not MODELS.exists()
 
 
 def test_room_imports_without_the_pipelines_packages() -> None:
