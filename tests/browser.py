@@ -42,7 +42,7 @@ class Page:
         return self.evaluate("document.body ? document.body.innerText : ''")
 
     def wait_for(self, *texts: str) -> str:
-        """Until all `texts` are shown; gives what is shown then."""
+        """Until all `texts` are shown; returns the page's text then."""
         until = time.monotonic() + PATIENCE_S
         while missing := [text for text in texts if text not in self.text]:
             assert time.monotonic() < until, f"{missing} did not appear; the page shows:\n{self.text[:3000]}"
@@ -50,12 +50,12 @@ class Page:
         return self.text
 
     def wait_until(self, script: str) -> Any:
-        """Until `script` gives something true; gives that."""
+        """Until `script` returns something true; returns that."""
         until = time.monotonic() + PATIENCE_S
-        while not (found := self.evaluate(script)):
-            assert time.monotonic() < until, f"{script} stays {found}; the page shows:\n{self.text[:3000]}"
+        while not (value := self.evaluate(script)):
+            assert time.monotonic() < until, f"{script} stays {value}; the page shows:\n{self.text[:3000]}"
             time.sleep(0.2)
-        return found
+        return value
 
     def click(self, text: str, among: str = "a, button, [role=tab], li, span") -> None:
         """The last of the elements `among` (a CSS selector) that show `text` and nothing else: the innermost."""

@@ -1,4 +1,4 @@
-"""Every test runs offline, on one thread, telling nobody. Set here, before torch or Prefect are imported."""
+"""Every test runs offline, on one thread, without telemetry. Set here, before torch or Prefect are imported."""
 
 from __future__ import annotations
 

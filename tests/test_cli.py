@@ -119,8 +119,8 @@ def test_a_name_is_checked_before_anything_heavy_is_imported(root: Path, args: l
         (root / f"{heavy}.py").write_text("raise RuntimeError('imported')")
     (root / "model").mkdir()
     (root / "model/config.json").touch()
-    own = "sqlite:///.mlflow/mlflow.db"
-    result = alignti(root, *args, PYTHONPATH=f"{root}{os.pathsep}{ROOT}", ALIGNTI_TRACKING_URI=own)
+    uri = "sqlite:///.mlflow/mlflow.db"
+    result = alignti(root, *args, PYTHONPATH=f"{root}{os.pathsep}{ROOT}", ALIGNTI_TRACKING_URI=uri)
     assert result.returncode == 2 and "Traceback" not in result.stderr and result.stderr.count("\n") == 1
     assert message in result.stderr
 
@@ -152,8 +152,8 @@ def test_arms_runs_and_version_are_listed(root: Path) -> None:
         runs = [line.split() for line in alignti(root, "runs").stdout.splitlines()]
     assert runs == [[earlier.stem, "open", "smoke", "0123456789"], [journal.stem, "FINISHED", "smoke", "0123456789"]]
     assert alignti(root, "runs").stdout.split()[:2] == [earlier.stem, "KILLED"]
-    told, line = alignti(root, "runs", "--last", "1").stdout.splitlines()
-    assert told == "the last 1 of 2 runs; --last 2 shows all" and line.split()[0] == journal.stem
+    header, line = alignti(root, "runs", "--last", "1").stdout.splitlines()
+    assert header == "the last 1 of 2 runs; --last 2 shows all" and line.split()[0] == journal.stem
     assert re.fullmatch(r"alignti \S+\n", alignti(root, "--version").stdout)
     assert alignti(root, "plan", "-h").returncode == 0
 

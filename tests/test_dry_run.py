@@ -120,12 +120,12 @@ def dry_run(name: str, change: Callable[[dict[str, Any]], object] = lambda _: No
     settings = load_settings()
     for stale in (MODELS, TEACHER, IRS):
         shutil.rmtree(stale, ignore_errors=True)
-    kept = Path("prepared") / "-".join(raw["data"]["mixture"]["sources"])
-    if not kept.exists():
+    cached = Path("prepared") / "-".join(raw["data"]["mixture"]["sources"])
+    if not cached.exists():
         prepare(settings.data, workers=1)
-        shutil.copytree(DATASET, kept)
+        shutil.copytree(DATASET, cached)
     shutil.rmtree(DATASET, ignore_errors=True)
-    shutil.copytree(kept, DATASET)
+    shutil.copytree(cached, DATASET)
     obtain_models()
     check_rows()
     select_teacher()
@@ -157,8 +157,8 @@ def test_a_recipe_goes_on_from_models_that_its_phases_leave(family: str) -> None
         settings = recipes.settings_with(name, ROOT)
         assert settings.models.pretrained is not None
         members = [*settings.models.pretrained.teachers.values(), *settings.models.pretrained.students.values()]
-        own = {member.source for member in members if isinstance(member, Checkpoint) and member.source.startswith("artifacts/")}
-        assert own <= left, f"{name} starts from {sorted(own - left)}, which no phase before it leaves"
+        used = {m.source for m in members if isinstance(m, Checkpoint) and m.source.startswith("artifacts/")}
+        assert used <= left, f"{name} starts from {sorted(used - left)}, which no phase before it leaves"
         left |= {(STUDENTS / arm / "model").as_posix() for arm in settings.study.arms}
 
 

@@ -173,7 +173,7 @@ def repro(root: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def done(stub: Path) -> Path:
+def reproduced(stub: Path) -> Path:
     arms = ("sft", "align_ti", "kd")
     assert repro(stub) == {
         *(name for name in STAGES if name not in ("distill", "evaluate")),
@@ -188,29 +188,29 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_a_second_repro_runs_nothing(done: Path) -> None:
-    assert repro(done) == set()
+def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
+    assert repro(reproduced) == set()
 
 
-def test_a_changed_arm_runs_that_arm_its_evaluation_and_compare(done: Path) -> None:
-    change(done / "params/study.yaml", "iva: 1.0, tpa: 1.0", "iva: 0.5, tpa: 1.0")
-    assert repro(done) == {"terms", "distill@align_ti", "evaluate@align_ti", "compare"}
+def test_a_changed_arm_runs_that_arm_its_evaluation_and_compare(reproduced: Path) -> None:
+    change(reproduced / "params/study.yaml", "iva: 1.0, tpa: 1.0", "iva: 0.5, tpa: 1.0")
+    assert repro(reproduced) == {"terms", "distill@align_ti", "evaluate@align_ti", "compare"}
 
 
-def test_a_new_arm_runs_alone(done: Path) -> None:
-    with (done / "params/study.yaml").open("a") as study:
+def test_a_new_arm_runs_alone(reproduced: Path) -> None:
+    with (reproduced / "params/study.yaml").open("a") as study:
         study.write(ARM.format(name="more", kd=2.0))
-    assert repro(done) == {"terms", "distill@more", "evaluate@more", "compare"}
+    assert repro(reproduced) == {"terms", "distill@more", "evaluate@more", "compare"}
 
 
-def test_runtime_params_run_nothing(done: Path) -> None:
-    change(done / "params/runtime.yaml", "threads: ", "threads: 1")
-    assert repro(done) == set()
+def test_runtime_params_run_nothing(reproduced: Path) -> None:
+    change(reproduced / "params/runtime.yaml", "threads: ", "threads: 1")
+    assert repro(reproduced) == set()
 
 
-def test_a_report_setting_runs_compare_alone(done: Path) -> None:
-    change(done / "params/evaluate.yaml", "bootstrap_resamples: 100", "bootstrap_resamples: 101")
-    assert repro(done) == {"compare"}
+def test_a_report_setting_runs_compare_alone(reproduced: Path) -> None:
+    change(reproduced / "params/evaluate.yaml", "bootstrap_resamples: 100", "bootstrap_resamples: 101")
+    assert repro(reproduced) == {"compare"}
 
 
 NEW_TERM = """
@@ -226,17 +226,17 @@ class Term:
 """
 
 
-def test_a_new_term_reruns_no_arm_and_its_arm_runs_alone(done: Path) -> None:
-    (done / "components/align_ti/terms/fresh.py").write_text(NEW_TERM)
-    assert repro(done) == {"terms"}
-    with (done / "params/study.yaml").open("a") as study:
+def test_a_new_term_reruns_no_arm_and_its_arm_runs_alone(reproduced: Path) -> None:
+    (reproduced / "components/align_ti/terms/fresh.py").write_text(NEW_TERM)
+    assert repro(reproduced) == {"terms"}
+    with (reproduced / "params/study.yaml").open("a") as study:
         study.write(
             "  fresh:\n    weights: {sft: 1.0, fresh: 0.5}\n    fresh: {scale: 2.0}\n    student: student\n    seed: 1\n"
         )
-    assert repro(done) == {"terms", "distill@fresh", "evaluate@fresh", "compare"}
+    assert repro(reproduced) == {"terms", "distill@fresh", "evaluate@fresh", "compare"}
 
 
-def test_an_edited_term_reruns_the_arms_that_use_it(done: Path) -> None:
-    with (done / "components/align_ti/terms/iva.py").open("a") as term:
+def test_an_edited_term_reruns_the_arms_that_use_it(reproduced: Path) -> None:
+    with (reproduced / "components/align_ti/terms/iva.py").open("a") as term:
         term.write("# another line\n")
-    assert repro(done) == {"terms", "distill@align_ti", "evaluate@align_ti", "compare"}
+    assert repro(reproduced) == {"terms", "distill@align_ti", "evaluate@align_ti", "compare"}

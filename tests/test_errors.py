@@ -47,9 +47,9 @@ def test_an_error_leaves_as_one_sentence_and_its_exit_code(
     with pytest.raises(SystemExit) as end:
         exit_from(main)
     assert end.value.code == code
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "Traceback" not in told
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "Traceback" not in stderr
 
 
 def test_a_bug_keeps_its_trace() -> None:
@@ -75,9 +75,9 @@ def test_below_the_projects_root_the_root_is_named_and_nothing_is_written(tmp_pa
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     (tmp_path / "dvc.yaml").touch()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path / below, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"is a folder of the project in {tmp_path}: run it there (cd ..{'/..' * below.count('/')})" in done.stderr
+    result = subprocess.run([sys.executable, *words], cwd=tmp_path / below, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"is a folder of the project in {tmp_path}: run it there (cd ..{'/..' * below.count('/')})" in result.stderr
     assert not list((tmp_path / below).iterdir())
 
 
@@ -85,8 +85,8 @@ def test_below_the_projects_root_the_root_is_named_and_nothing_is_written(tmp_pa
 def test_a_text_that_the_terminal_cannot_show_ends_nothing(encoding: str) -> None:
     code = "import components, sys; print('red 红色'); print('blue \\N{TURTLE}', file=sys.stderr)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
-    assert done.stdout == rb"red \u7ea2\u8272" + b"\n" and done.stderr == rb"blue \U0001f422" + b"\n"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert result.stdout == rb"red \u7ea2\u8272" + b"\n" and result.stderr == rb"blue \U0001f422" + b"\n"
 
 
 STAGE = """
@@ -106,17 +106,17 @@ exit_from(main)
 HEARS_SIGHUP = ["env", "--default-signal=HUP", sys.executable]
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_lets_finally_blocks_run_and_exits_with_143(asked: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_finally_blocks_run_and_exits_with_143(number: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     stage = subprocess.Popen([*HEARS_SIGHUP, "-c", STAGE], text=True, env=environment, **pipes)  # type: ignore[call-overload]
     assert stage.stdout.readline() == "ready\n"
-    stage.send_signal(asked)
-    said, told = stage.communicate(timeout=30)
-    assert said == "saved\n"
+    stage.send_signal(number)
+    stdout, stderr = stage.communicate(timeout=30)
+    assert stdout == "saved\n"
     assert stage.returncode == 143
-    assert f"stopped by signal {asked:d}; run the same command to go on" in told
+    assert f"stopped by signal {number:d}; run the same command to go on" in stderr
 
 
 SAVING = """
@@ -213,13 +213,13 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_trace(code: str, unbuff
         f"import time; from components.process import exit_from; time.sleep(0.3); {code}",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (143, "")
+    result = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (143, "")
 
 
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     code = "from components.process import exit_from; exit_from(print)"
     words = ["bash", "-c", 'rmdir "$PWD"; exec "$0" -c "$1"', sys.executable, code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "is no longer there" in done.stderr and "Traceback" not in done.stderr
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "is no longer there" in result.stderr and "Traceback" not in result.stderr

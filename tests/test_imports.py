@@ -58,11 +58,11 @@ def test_every_room_has_a_level() -> None:
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_point_down(module: str) -> None:
-    here = room(module)
+    importer = room(module)
     for imported in imports(module):
-        there = room(imported) if imported.split(".")[0] in ("components", "flows") else ""
-        if there and there != here and not (there == "digits" and module in TO_THE_TOY):
-            assert level(there) < level(here), f"{module} imports {imported}"
+        target = room(imported) if imported.split(".")[0] in ("components", "flows") else ""
+        if target and target != importer and not (target == "digits" and module in TO_THE_TOY):
+            assert level(target) < level(importer), f"{module} imports {imported}"
 
 
 def test_there_are_no_circles() -> None:
@@ -100,8 +100,8 @@ assert not {absent!r} & set(sys.modules)
 
 
 def test_what_distils_imports_without_the_pipelines_packages() -> None:
-    wanted = [m for m in modules() if any(m == room or m.startswith(f"{room}.") for room in DISTILS)]
-    code = WITHOUT.format(absent=PIPELINE_ONLY, wanted=wanted)
+    needed = [m for m in modules() if any(m == room or m.startswith(f"{room}.") for room in DISTILS)]
+    code = WITHOUT.format(absent=PIPELINE_ONLY, wanted=needed)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -31,14 +31,14 @@ def test_a_record_is_immutable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(None, "is missing; `dvc repro` makes it"), ("{", "is no TeacherChoice"), ('{"name": "x"}', "is no TeacherChoice")],
 )
-def test_what_is_no_record_is_a_data_error(tmp_path: Path, content: str | None, said: str) -> None:
+def test_what_is_no_record_is_a_data_error(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "choice.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         TeacherChoice.read(path)
 
 

@@ -23,10 +23,10 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_values_of_secret_variables_and_logins_are_hidden_and_words_are_not() -> None:
-    said = redact(f"{' '.join(SECRETS.values())} canary-four https://me:canary6@host:5000/x postgresql://a:b@h/ {WORDS}")
-    assert "canary" not in said
-    assert "https://***@host:5000/x postgresql://***@h/" in said
-    assert str(WORDS) in said
+    redacted = redact(f"{' '.join(SECRETS.values())} canary-four https://me:canary6@host:5000/x postgresql://a:b@h/ {WORDS}")
+    assert "canary" not in redacted
+    assert "https://***@host:5000/x postgresql://***@h/" in redacted
+    assert str(WORDS) in redacted
 
 
 def test_every_error_of_ours_is_free_of_them() -> None:
@@ -37,8 +37,8 @@ def test_every_error_of_ours_is_free_of_them() -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.text(), st.text())
-def test_wherever_it_stands(before: str, after: str) -> None:
-    assert "canary3" not in redact(f"{before}canary3{after}")
+def test_wherever_it_stands(prefix: str, suffix: str) -> None:
+    assert "canary3" not in redact(f"{prefix}canary3{suffix}")
 
 
 def test_an_address_without_its_login() -> None:

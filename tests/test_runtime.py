@@ -15,9 +15,9 @@ from components.runtime import prepare_torch
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    before, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(deterministic)
 
 

@@ -16,9 +16,9 @@ def test_a_part_that_is_cut_off_keeps_the_paths_that_it_came_to(monkeypatch: pyt
         raise gpu.subprocess.TimeoutExpired(command, 5)
 
     monkeypatch.setattr(gpu.subprocess, "run", cut)
-    found = gpu._process("equality", True, 5)
-    assert found == {"compiled layers": {"equal": True}, "cut_off": "after 5 s, its share of the time"}
-    assert not gpu.failed(found) and gpu.failed({"a path": {"equal": False}})
+    result = gpu._process("equality", True, 5)
+    assert result == {"compiled layers": {"equal": True}, "cut_off": "after 5 s, its share of the time"}
+    assert not gpu.failed(result) and gpu.failed({"a path": {"equal": False}})
 
 
 def test_a_path_that_differs_or_raises_is_told() -> None:

@@ -17,10 +17,10 @@ def test_passes_by_length_learn_the_same_with_less_padding(monkeypatch: pytest.M
     monkeypatch.setattr(mixed, "STEP", 12)
     monkeypatch.setattr(mixed, "PASS", 4)
     monkeypatch.setattr(mixed, "VISUAL", 60)
-    found = mixed.run(SIZE, CPU, steps=1, repeats=1)
-    by_length, equal = (found["arms"][name] for name in ("by length", "equal"))
-    assert 0 < by_length["padding"] < equal["padding"] < 1 and found["ratios"]["mixed_vs_equal"] > 0
-    assert "| by length |" in table.report(found)
+    result = mixed.run(SIZE, CPU, steps=1, repeats=1)
+    by_length, equal = (result["arms"][name] for name in ("by length", "equal"))
+    assert 0 < by_length["padding"] < equal["padding"] < 1 and result["ratios"]["mixed_vs_equal"] > 0
+    assert "| by length |" in table.report(result)
 
 
 def test_arms_that_learn_something_else_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,8 +33,8 @@ def test_arms_that_learn_something_else_stop_the_benchmark(monkeypatch: pytest.M
 def test_kinds_come_in_their_shares_and_trl_gets_the_same_tokens() -> None:
     stream = mixed.samples(mixed.MIXED, 400)
     assert sum(sample.pixels is None for sample in stream) == pytest.approx(0.06 * 400, abs=12)
-    some = stream[:6]
-    ours, theirs = collate(some), trl_inputs(some, 1, CPU)
-    assert int(theirs["completion_mask"].sum()) == int(ours.response.sum()) == sum(len(s.answer) for s in some)
-    assert int(theirs["prompt_mask"].sum()) == int((ours.attention_mask.bool() & ~ours.response).sum())
-    assert int((theirs["prompt_ids"] == IMAGE).sum()) == int(ours.visual.sum())
+    few = stream[:6]
+    ours, trl = collate(few), trl_inputs(few, 1, CPU)
+    assert int(trl["completion_mask"].sum()) == int(ours.response.sum()) == sum(len(s.answer) for s in few)
+    assert int(trl["prompt_mask"].sum()) == int((ours.attention_mask.bool() & ~ours.response).sum())
+    assert int((trl["prompt_ids"] == IMAGE).sum()) == int(ours.visual.sum())

@@ -13,10 +13,10 @@ from tests.benchmarks.test_step import CPU, SMALLEST
 
 
 def test_search_result_has_its_fields_and_sees_what_eager_maps_see() -> None:
-    found = search.run(SMALLEST, CPU, repeats=2)
-    assert found["difference_from_eager"] < 1e-5
-    assert {"search_vs_plain", "memory_search_vs_plain", "eager_vs_plain"} <= found["ratios"].keys()
-    assert "pairs/s" in table.report(found)
+    result = search.run(SMALLEST, CPU, repeats=2)
+    assert result["difference_from_eager"] < 1e-5
+    assert {"search_vs_plain", "memory_search_vs_plain", "eager_vs_plain"} <= result["ratios"].keys()
+    assert "pairs/s" in table.report(result)
 
 
 def test_a_search_that_sees_something_else_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,22 +26,22 @@ def test_a_search_that_sees_something_else_stops_the_benchmark(monkeypatch: pyte
 
 
 def test_prepare_results_have_their_fields() -> None:
-    grown = prepare.memory([120, 160])
-    assert grown["arms"]["160 rows"]["peak_mib"] > 5 and 0.5 < grown["ratios"]["memory_of_prepare"] < 2
-    found = prepare.rate(images=60, copies=1, repeats=1)
-    assert found["ratios"]["prepare_rate_vs_pillow"] > 0
-    assert found["arms"]["pillow"]["images_per_second"] > 0
-    assert "images/s" in table.report(found)
+    memory = prepare.memory([120, 160])
+    assert memory["arms"]["160 rows"]["peak_mib"] > 5 and 0.5 < memory["ratios"]["memory_of_prepare"] < 2
+    result = prepare.rate(images=60, copies=1, repeats=1)
+    assert result["ratios"]["prepare_rate_vs_pillow"] > 0
+    assert result["arms"]["pillow"]["images_per_second"] > 0
+    assert "images/s" in table.report(result)
 
 
 def test_a_step_on_batches_in_memory_waits_for_none_and_the_loader_s_rate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "LOADERS", (0,))
     monkeypatch.setattr(prepare, "COPIES", 1)
-    found = loading.run(SMALLEST, 2, CPU)
-    in_memory, here = found["arms"]["in memory"], found["arms"]["0 loaders"]
-    assert in_memory["share_waited"] < here["share_waited"] < 1
-    assert found["arms"]["loading alone, one process"]["images_per_second"] > 1
-    assert found["ratios"].keys() == {"loading_vs_memory", "loading_waited"}
+    result = loading.run(SMALLEST, 2, CPU)
+    in_memory, in_process = result["arms"]["in memory"], result["arms"]["0 loaders"]
+    assert in_memory["share_waited"] < in_process["share_waited"] < 1
+    assert result["arms"]["loading alone, one process"]["images_per_second"] > 1
+    assert result["ratios"].keys() == {"loading_vs_memory", "loading_waited"}
 
 
 def test_gradients_from_a_cache_are_compared_with_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_gradients_from_a_cache_are_compared_with_the_exact_ones(monkeypatch: py
     student, teacher, batch, shared, _ = signals.small()
     arms = signals.run("small", (student, teacher, batch, shared, 2), row_draws=20)["arms"]
     for rows in ("text", "visual"):
-        whole, cut, drawn = (arms[f"{rows}: {way}"] for way in ("top 40 + tail", "top 2 + tail", f"{signals.DRAWS} draws"))
-        assert whole["angle"] < 0.01 < drawn["angle"] < cut["angle"] and drawn["norm"] == pytest.approx(1, abs=0.1)
+        exact, cut, drawn = (arms[f"{rows}: {way}"] for way in ("top 40 + tail", "top 2 + tail", f"{signals.DRAWS} draws"))
+        assert exact["angle"] < 0.01 < drawn["angle"] < cut["angle"] and drawn["norm"] == pytest.approx(1, abs=0.1)
     noise = arms["iva.rows: 2, 3 samples, 20 draws"]
     assert 0 < noise["noise_of_mean"] < noise["noise"] / 2

@@ -41,22 +41,22 @@ def bench() -> step.Bench:
 def test_reference_equals_engine_on_values_and_gradients(bench: step.Bench, arm: str) -> None:
     distinct = step.ENGINE[arm][1]
     assert distinct is not None
-    mine, my_gradients = bench.gradients(bench.engine(arm))
-    plain, plain_gradients = bench.gradients(bench.reference(distinct))
-    assert mine == pytest.approx(plain, rel=1e-5) and mine > 1
+    loss, gradients = bench.gradients(bench.engine(arm))
+    plain_loss, plain_gradients = bench.gradients(bench.reference(distinct))
+    assert loss == pytest.approx(plain_loss, rel=1e-5) and loss > 1
     assert any(g.abs().max() > 1e-3 for g in plain_gradients)
-    for got, wanted in zip(my_gradients, plain_gradients, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    for actual, expected in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["align_ti_expanded", "align_ti_flex"])
 @pytest.mark.usefixtures("flex_on_a_cpu")
 def test_the_arms_of_a_gpu_equal_the_engines(bench: step.Bench, arm: str) -> None:
-    mine, my_gradients = bench.gradients(bench.appended(arm))
-    other, other_gradients = bench.gradients(bench.engine("align_ti"))
-    assert mine == pytest.approx(other, rel=1e-5) and bench.ribbon_rows[arm] == bench.ribbon_rows["align_ti"]
-    for got, wanted in zip(my_gradients, other_gradients, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    loss, gradients = bench.gradients(bench.appended(arm))
+    engine_loss, engine_gradients = bench.gradients(bench.engine("align_ti"))
+    assert loss == pytest.approx(engine_loss, rel=1e-5) and bench.ribbon_rows[arm] == bench.ribbon_rows["align_ti"]
+    for actual, expected in zip(gradients, engine_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
     assert bench.student.model.config.get_text_config()._attn_implementation == "sdpa"
 
 
@@ -78,8 +78,8 @@ def test_a_difference_stops_the_benchmark(bench: step.Bench, monkeypatch: pytest
 
 @pytest.mark.parametrize("distinct", [0.0, TRAINED, 1.29, 4.0])
 def test_script_has_the_entropy_that_it_says(distinct: float) -> None:
-    made = batch(SIZES["tiny"], CPU)
-    draws, gold = script(made, distinct, 128), made.input_ids[made.response]
+    inputs = batch(SIZES["tiny"], CPU)
+    draws, gold = script(inputs, distinct, 128), inputs.input_ids[inputs.response]
     assert draws.shape == (len(gold), DRAWS)
     others = [set(row) - {token} for row, token in zip(draws.tolist(), gold.tolist(), strict=True)]
     assert sum(map(len, others)) == int(len(gold) * distinct)
@@ -101,11 +101,11 @@ def test_a_twin_is_the_same_model(bench: step.Bench) -> None:
 
 
 def test_the_interleaved_layout() -> None:
-    made = batch(SMALLEST, CPU)
-    draws = torch.arange(int(made.response.sum()) * 2).view(-1, 2) + 100
-    ids, positions, alternative, gold_at = reference.interleave(made, draws)
-    assert torch.equal(ids.gather(1, gold_at), made.input_ids)
-    assert torch.equal(positions.gather(1, gold_at), torch.arange(made.input_ids.shape[1]).expand_as(gold_at))
+    inputs = batch(SMALLEST, CPU)
+    draws = torch.arange(int(inputs.response.sum()) * 2).view(-1, 2) + 100
+    ids, positions, alternative, gold_at = reference.interleave(inputs, draws)
+    assert torch.equal(ids.gather(1, gold_at), inputs.input_ids)
+    assert torch.equal(positions.gather(1, gold_at), torch.arange(inputs.input_ids.shape[1]).expand_as(gold_at))
     assert ids[alternative].tolist() == draws.flatten().tolist()
     first = SMALLEST.prompt
     assert positions[0, first : first + 3].tolist() == [first] * 3  # c_11, c_12, y_1
@@ -114,18 +114,18 @@ def test_the_interleaved_layout() -> None:
 @pytest.fixture(scope="module")
 def result() -> dict:
     """Of the size `paper`, shrunk: teacher in bf16 with a wider and untied head, student under autocast."""
-    before = torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     try:
         return step.run(PAPER_SHRUNK, CPU, repeats=2)
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
 
 
 def test_the_result_has_its_fields(result: dict) -> None:
     result = json.loads(json.dumps(result))
     assert {"machine", "date", "torch", "clock", "precision", "tokens", "arms", "parts", "not_measured"} <= result.keys()
-    wanted = {"align_ti_vs_kd", "align_ti_vs_kd_worst", "memory_align_ti_vs_kd", "align_ti_vs_reference"}
-    assert wanted <= result["ratios"].keys()
+    ratios = {"align_ti_vs_kd", "align_ti_vs_kd_worst", "memory_align_ti_vs_kd", "align_ti_vs_reference"}
+    assert ratios <= result["ratios"].keys()
     assert all(isinstance(value, float) and value > 0 for value in result["ratios"].values())
     assert ("kd_vs_trl" in result["ratios"]) != ("trl" in result["not_measured"])  # measured, or said why not
     assert result["arms"].keys() >= {*step.ENGINE, "reference"}
@@ -147,17 +147,17 @@ def test_flops_of_a_matrix_are_those_that_torch_counts() -> None:
         model(input_ids=b.input_ids, pixel_values=b.pixel_values)
     T = b.input_ids.shape[1]
     shape, model, work = SMALLEST.student, llava(SMALLEST.tower, SMALLEST.student), flops.batch_shape(b, 0)
-    mine = body(model, work, 0) + head(shape, T) + tower(model, 1)
+    counted = body(model, work, 0) + head(shape, T) + tower(model, 1)
     causal = shape.layers * 4 * shape.hidden * (T * T - T * (T + 1) / 2)  # which eager attention computes and masks
-    assert mine + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert counted + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_peak_memory_is_the_allocators() -> None:
     def work() -> None:
-        one = torch.zeros(1000, 1000)
-        del one
-        two = torch.zeros(1000, 1000)
-        (two + 1).sum()
+        first = torch.zeros(1000, 1000)
+        del first
+        second = torch.zeros(1000, 1000)
+        (second + 1).sum()
 
     assert peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
 
@@ -171,9 +171,9 @@ def test_arms_take_turns() -> None:
 
 
 def test_divergence_of_few_rows() -> None:
-    found = divergence.run(CPU, rows=40, vocabulary=1000)
-    assert found["ratios"].keys() >= {"memory_divergence_vs_full_logits"}
-    assert "engine, head frozen" in table.report(found)
+    measured = divergence.run(CPU, rows=40, vocabulary=1000)
+    assert measured["ratios"].keys() >= {"memory_divergence_vs_full_logits"}
+    assert "engine, head frozen" in table.report(measured)
 
 
 def test_the_gpu_sizes_need_torch_and_transformers_alone() -> None:
@@ -188,12 +188,12 @@ def test_the_gpu_sizes_need_torch_and_transformers_alone() -> None:
                 names = [f"{statement.module}.{alias.name}" for alias in statement.names]
             else:
                 continue
-            for found in names:
-                top = found.split(".")[0]
+            for imported in names:
+                top = imported.split(".")[0]
                 if top not in ("benchmarks", "components"):
                     others.add(top)
                     continue
-                module = found if _source(found) else found.rpartition(".")[0]
+                module = imported if _source(imported) else imported.rpartition(".")[0]
                 if module not in ours:
                     ours.append(module)
     assert "components.align_ti.step" in ours and "components.models.vlm" in ours

@@ -1,7 +1,7 @@
 """The fault campaign: `make faults`, or `python -m tests.campaign --minutes 10 [--seed N] [--kinds params kill ...]`.
 
 Prints how to repeat every try that went wrong. Exit code 1 if any did, or none could be made; a try for which this machine
-cannot be prepared (a server that does not start, a full disk) is told of and is no fault.
+cannot be prepared (a server that does not start, a full disk) is reported and is no fault.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ROOT = Path(__file__).parents[2]
 
 
 class Bench:
-    """What tries of minutes share, made when the first of them asks."""
+    """Resources that the slow tries share, each built at its first use."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
 
     @cached_property
-    def undisturbed(self) -> kills.Undisturbed:
-        return kills.Undisturbed.made(self._folder)
+    def baseline(self) -> kills.Baseline:
+        return kills.Baseline.build(self._folder)
 
     @cached_property
     def server(self) -> str:
@@ -49,15 +49,15 @@ class Bench:
 
 
 SLOW: dict[str, Callable[[Bench, str, Path], tuple[str, str | None]]] = {
-    "kill": lambda bench, seed, here: kills.kill(bench.undisturbed, seed, here),
-    "disk": lambda bench, seed, here: disks.disk(bench.undisturbed, seed, here),
-    "crowd": lambda bench, seed, here: crowds.crowd(bench.undisturbed, seed, here),
-    "stored": lambda bench, seed, here: stored.stored(bench.undisturbed, seed, here),
-    "secret": lambda bench, seed, here: security.secret(bench.undisturbed, seed, here),
-    "markup": lambda bench, seed, here: security.markup(bench.undisturbed, seed, here),
-    "stranger": lambda bench, seed, here: security.stranger(bench.up, seed, here),
-    "tracker": lambda bench, seed, here: trackers.tracker(bench.server, seed, here),
-    "Prefect": lambda bench, seed, here: prefect_server.prefect_server(bench.undisturbed, seed, here),
+    "kill": lambda bench, seed, cwd: kills.kill(bench.baseline, seed, cwd),
+    "disk": lambda bench, seed, cwd: disks.disk(bench.baseline, seed, cwd),
+    "crowd": lambda bench, seed, cwd: crowds.crowd(bench.baseline, seed, cwd),
+    "stored": lambda bench, seed, cwd: stored.stored(bench.baseline, seed, cwd),
+    "secret": lambda bench, seed, cwd: security.secret(bench.baseline, seed, cwd),
+    "markup": lambda bench, seed, cwd: security.markup(bench.baseline, seed, cwd),
+    "stranger": lambda bench, seed, cwd: security.stranger(bench.up, seed, cwd),
+    "tracker": lambda bench, seed, cwd: trackers.tracker(bench.server, seed, cwd),
+    "Prefect": lambda bench, seed, cwd: prefect_server.prefect_server(bench.baseline, seed, cwd),
 }
 EVERY = [*bad_input.KINDS, *SLOW]
 SHARE = 0.6  # of the time for those that take minutes
@@ -70,82 +70,84 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=EVERY, choices=EVERY)
     parser.add_argument("--only", help="KIND:SEED of one try, as it was printed")
     parser.add_argument("--json", type=Path, help="where to write every try that took minutes, and the counts of the others")
-    asked = parser.parse_args()
-    seed = random.SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
+    args = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         bench = Bench(Path(folder), stack)
-        if asked.only:
-            kind, _, its = asked.only.partition(":")
-            found = {kind: [_one(kind, its, Path(folder), bench)]}
+        if args.only:
+            kind, _, try_seed = args.only.partition(":")
+            tries_by_kind = {kind: [_run_one(kind, try_seed, Path(folder), bench)]}
         else:
-            kinds = "" if asked.kinds == EVERY else f" --kinds {' '.join(asked.kinds)}"
-            print(f"seed {seed}; again: python -m tests.campaign --minutes {asked.minutes:g} --seed {seed}{kinds}", flush=True)
-            found = _all(asked.kinds, seed, asked.minutes * 60, Path(folder), bench)
-    wrong = [one for tries in found.values() for one in tries if one["wrong"]]
-    untried = [one for tries in found.values() for one in tries if one["untried"]]
-    told = {
+            kinds = "" if args.kinds == EVERY else f" --kinds {' '.join(args.kinds)}"
+            print(f"seed {seed}; again: python -m tests.campaign --minutes {args.minutes:g} --seed {seed}{kinds}", flush=True)
+            tries_by_kind = _run_all(args.kinds, seed, args.minutes * 60, Path(folder), bench)
+    faults = [case for tries in tries_by_kind.values() for case in tries if case["wrong"]]
+    untried = [case for tries in tries_by_kind.values() for case in tries if case["untried"]]
+    summary = {
         "seed": seed,
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
         "date": datetime.now(UTC).date().isoformat(),
-        "tries": {kind: sum(not one["untried"] for one in tries) for kind, tries in found.items()},
-        "wrong": wrong,
-        "disturbed": [one for kind in SLOW for one in found.get(kind, [])],
+        "tries": {kind: sum(not case["untried"] for case in tries) for kind, tries in tries_by_kind.items()},
+        "wrong": faults,
+        "disturbed": [case for kind in SLOW for case in tries_by_kind.get(kind, [])],
     }
-    if asked.json:
-        asked.json.write_text(json.dumps(told, indent=1) + "\n")
-    for one in untried:
-        print(f"not tried: {one['kind']}:{one['seed']}: {one['untried']}")
-    for one in wrong:
-        print(f"WRONG: {one['did']}: {one['wrong']}\n  again: python -m tests.campaign --only '{one['kind']}:{one['seed']}'")
-    print("; ".join(f"{kind}: {count} tries" for kind, count in told["tries"].items()) + f"; {len(wrong)} went wrong")
-    sys.exit(bool(wrong) or not any(told["tries"].values()))
+    if args.json:
+        args.json.write_text(json.dumps(summary, indent=1) + "\n")
+    for case in untried:
+        print(f"not tried: {case['kind']}:{case['seed']}: {case['untried']}")
+    for case in faults:
+        print(
+            f"WRONG: {case['did']}: {case['wrong']}\n  again: python -m tests.campaign --only '{case['kind']}:{case['seed']}'"
+        )
+    print("; ".join(f"{kind}: {count} tries" for kind, count in summary["tries"].items()) + f"; {len(faults)} went wrong")
+    sys.exit(bool(faults) or not any(summary["tries"].values()))
 
 
-def _all(kinds: list[str], seed: int, seconds: float, folder: Path, bench: Bench) -> dict[str, list[dict[str, Any]]]:
+def _run_all(kinds: list[str], seed: int, seconds: float, folder: Path, bench: Bench) -> dict[str, list[dict[str, Any]]]:
     """As many tries as fit: those of minutes first; next is the kind that had the least time."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    tries_by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     slow, quick = [kind for kind in kinds if kind in SLOW], [kind for kind in kinds if kind not in SLOW]
     began = time.monotonic()
-    for some, until in ((slow, seconds * SHARE if quick else seconds), (quick, seconds)):
-        spent = dict.fromkeys(some, 0.0)
-        while some and time.monotonic() - began < until:
-            kind, before = min(some, key=lambda one: spent[one]), time.monotonic()
-            found[kind].append(_one(kind, f"{seed}-{len(found[kind])}", folder, bench))
-            spent[kind] += time.monotonic() - before
-    return found
+    for group, deadline in ((slow, seconds * SHARE if quick else seconds), (quick, seconds)):
+        spent = dict.fromkeys(group, 0.0)
+        while group and time.monotonic() - began < deadline:
+            kind, start = min(group, key=lambda name: spent[name]), time.monotonic()
+            tries_by_kind[kind].append(_run_one(kind, f"{seed}-{len(tries_by_kind[kind])}", folder, bench))
+            spent[kind] += time.monotonic() - start
+    return tries_by_kind
 
 
-def _one(kind: str, seed: str, folder: Path, bench: Bench) -> dict[str, Any]:
-    did, wrong, untried = kind, None, None
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as beside:
-        here = Path(beside) / "here"
+def _run_one(kind: str, seed: str, folder: Path, bench: Bench) -> dict[str, Any]:
+    did, fault, untried = kind, None, None
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as parent:
+        cwd = Path(parent) / "here"
         if kind in SLOW:
             try:
-                did, wrong = SLOW[kind](bench, seed, here)
+                did, fault = SLOW[kind](bench, seed, cwd)
             except subprocess.TimeoutExpired as error:
-                wrong = f"not done in {error.timeout:.0f} s: {error.cmd}"
+                fault = f"not done in {error.timeout:.0f} s: {error.cmd}"
             except Exception as error:  # of the campaign or its machine
                 untried = f"{type(error).__name__}: {' '.join(str(error).split())[-600:]}"
-            print(f"{kind}:{seed}: {did}: {untried or wrong or 'held'}", flush=True)
-            shutil.rmtree(here, ignore_errors=True)
+            print(f"{kind}:{seed}: {did}: {untried or fault or 'held'}", flush=True)
+            shutil.rmtree(cwd, ignore_errors=True)
         else:
-            here.mkdir()
+            cwd.mkdir()
             with _quiet():
-                wrong = bad_input.one(kind, seed, here)
-    return {"kind": kind, "seed": seed, "did": did, "wrong": wrong, "untried": untried}
+                fault = bad_input.run_try(kind, seed, cwd)
+    return {"kind": kind, "seed": seed, "did": did, "wrong": fault, "untried": untried}
 
 
 @contextmanager
 def _quiet() -> Any:
-    """Without the progress bars of whatever is tried."""
-    kept, nobody = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nobody, 2)
+    """Discard the progress bars of the code under test."""
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nobody)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 if __name__ == "__main__":

@@ -66,86 +66,86 @@ COMMANDS = (
     *("promote", "register", "reproduce", "benchmarks", "leaderboard", "init", "evaluate"),
 )
 PRINTABLE = [str(word) for word in ODD if word is not None and not {"\0", "\ud800"} & set(str(word)) and len(str(word)) < 500]
-WORDS = [*PRINTABLE, "--help", "sft", "--image", "-1", "--vs", "--kit", "--data"]
+ARGUMENTS = [*PRINTABLE, "--help", "sft", "--image", "-1", "--vs", "--kit", "--data"]
 ENDINGS = (".json", ".jsonl", ".tar", ".parquet")
 
 
-def params(rng: random.Random, here: Path) -> object:
+def params(rng: random.Random, cwd: Path) -> object:
     """A params file, as a user edits it."""
     source = rng.choice(sorted((ROOT / "params").glob("*.yaml")))
     for file in (ROOT / "params").glob("*.yaml"):
-        _write(here / "params" / file.name, file.read_bytes())
+        _write(cwd / "params" / file.name, file.read_bytes())
     if rng.random() < 0.5:
         content = _yaml(altered(yaml.safe_load(source.read_text()), rng))
     else:
         content = damaged(source.read_bytes(), rng)
-    _write(here / "params" / source.name, content)
-    return load_settings(here)
+    _write(cwd / "params" / source.name, content)
+    return load_settings(cwd)
 
 
-def recipe(rng: random.Random, here: Path) -> object:
+def recipe(rng: random.Random, cwd: Path) -> object:
     """A recipe or a study of a user's own."""
     for file in (ROOT / "params").glob("*.yaml"):
-        _write(here / "params" / file.name, file.read_bytes())
+        _write(cwd / "params" / file.name, file.read_bytes())
     kind = rng.choice(["recipes", "studies"])
     source = rng.choice(sorted((ROOT / "params" / kind).glob("*.yaml")))
     value = altered(yaml.safe_load(source.read_text()), rng)
-    _write(here / "params" / kind / "mine.yaml", _yaml(value))
-    return recipes.merged("mine", here) if kind == "recipes" else expand.cells("mine", here)
+    _write(cwd / "params" / kind / "mine.yaml", _yaml(value))
+    return recipes.merged("mine", cwd) if kind == "recipes" else expand.cells("mine", cwd)
 
 
-def rows(rng: random.Random, here: Path) -> object:
+def rows(rng: random.Random, cwd: Path) -> object:
     """Rows of one's own, and the pictures beside them, of every format that is read."""
     for number, content in enumerate(PICTURES):
-        _write(here / "images" / f"{number}.png", damaged(content, rng) if rng.random() < 0.2 else content)
-    some = [altered(row, rng) if rng.random() < 0.3 else row for row in ROWS]
+        _write(cwd / "images" / f"{number}.png", damaged(content, rng) if rng.random() < 0.2 else content)
+    examples = [altered(row, rng) if rng.random() < 0.3 else row for row in ROWS]
     ending = rng.choice(ENDINGS)
-    content = _file(some, ending, rng)
-    _write(here / f"rows{ending}", damaged(content, rng) if rng.random() < 0.4 else content)
-    where = str(here / "images") if ending in (".json", ".jsonl") else None
-    source = {"files": str(here / f"rows{ending}"), "images": where, "weight": 1.0, "licence": "CC0"}
+    content = _file(examples, ending, rng)
+    _write(cwd / f"rows{ending}", damaged(content, rng) if rng.random() < 0.4 else content)
+    images = str(cwd / "images") if ending in (".json", ".jsonl") else None
+    source = {"files": str(cwd / f"rows{ending}"), "images": images, "weight": 1.0, "licence": "CC0"}
     raw = load_settings(ROOT).data.model_dump(mode="json") | {"source": "mixture", "images_per_shard": 8}
     raw["mixture"] = {"sources": {"mine": source}, "val": 0.2, "test": 0.2, "evaluation_images": [], "near_duplicates": "drop"}
     raw["limits"]["max_bad_ratio"] = 1.0
-    return prepare(DataSettings.model_validate(raw), target=here / "out", workers=1)
+    return prepare(DataSettings.model_validate(raw), target=cwd / "out", workers=1)
 
 
-def arguments(rng: random.Random, here: Path) -> object:
-    """Words after `alignti`."""
-    words = [*rng.choice(COMMANDS).split(), *rng.choices(WORDS, k=rng.randrange(4))]
-    if words[:2] == ["study", "run"]:
-        words.insert(2, "no such study")
-    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(here / "clone")], check=True)
-    command = [sys.executable, "-m", "components.cli", *words]
-    done = subprocess.run(command, cwd=here / "clone", capture_output=True, text=True, timeout=STUCK_S, errors="replace")
-    assert "Traceback" not in done.stderr, f"{words}: {done.stderr[-600:]}"
-    assert done.returncode in (0, 2, 75), f"{words}: exit code {done.returncode}, {done.stderr[-300:]}"
-    return done
+def arguments(rng: random.Random, cwd: Path) -> object:
+    """Arguments of `alignti`."""
+    args = [*rng.choice(COMMANDS).split(), *rng.choices(ARGUMENTS, k=rng.randrange(4))]
+    if args[:2] == ["study", "run"]:
+        args.insert(2, "no such study")
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(cwd / "clone")], check=True)
+    command = [sys.executable, "-m", "components.cli", *args]
+    result = subprocess.run(command, cwd=cwd / "clone", capture_output=True, text=True, timeout=STUCK_S, errors="replace")
+    assert "Traceback" not in result.stderr, f"{args}: {result.stderr[-600:]}"
+    assert result.returncode in (0, 2, 75), f"{args}: exit code {result.returncode}, {result.stderr[-300:]}"
+    return result
 
 
 KINDS: dict[str, Try] = {"params": params, "recipe": recipe, "rows": rows, "arguments": arguments}
 
 
-def one(kind: str, seed: str, here: Path) -> str | None:
-    """What was wrong with this try, None if it went as it should."""
-    before = set(here.parent.iterdir())
+def run_try(kind: str, seed: str, cwd: Path) -> str | None:
+    """The fault of this try, or None."""
+    existing = set(cwd.parent.iterdir())
     try:
         with _unstuck():
-            if _seconds(kind, seed, here / "once") > LONGEST_S:  # a first try imports torch and more
-                again = _seconds(kind, seed, here / "again")
-                assert again <= LONGEST_S, f"computes for {again:.0f} s"
+            if _seconds(kind, seed, cwd / "once") > LONGEST_S:  # a first try imports torch and more
+                seconds = _seconds(kind, seed, cwd / "again")
+                assert seconds <= LONGEST_S, f"computes for {seconds:.0f} s"
     except Exception as error:  # the finding itself
         return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    stray = set(here.parent.iterdir()) - before - {here} or set(here.iterdir()) - {here / "once", here / "again"}
+    stray = set(cwd.parent.iterdir()) - existing - {cwd} or set(cwd.iterdir()) - {cwd / "once", cwd / "again"}
     return f"wrote outside its folder: {sorted(map(str, stray))}" if stray else None
 
 
-def _seconds(kind: str, seed: str, here: Path) -> float:
-    """Of this process, for one try."""
-    here.mkdir()
+def _seconds(kind: str, seed: str, cwd: Path) -> float:
+    """Processor time of one try in this process."""
+    cwd.mkdir()
     began = time.process_time()
     try:
-        KINDS[kind](random.Random(seed), here)
+        KINDS[kind](random.Random(seed), cwd)
     except AlignTIError as error:
         assert str(error).strip(), f"{type(error).__name__} without a sentence"
     return time.process_time() - began
@@ -153,34 +153,34 @@ def _seconds(kind: str, seed: str, here: Path) -> float:
 
 @contextmanager
 def _unstuck() -> Iterator[None]:
-    """Raises TooLongError in what waits for ever."""
+    """Raise TooLongError in a block that hangs."""
 
     def late(_signum: int, _frame: object) -> None:
         raise TooLongError(f"not done in {STUCK_S} s")
 
-    before = signal.signal(signal.SIGALRM, late)
+    previous = signal.signal(signal.SIGALRM, late)
     signal.alarm(STUCK_S)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
-def _file(some: list[Any], ending: str, rng: random.Random) -> bytes:
+def _file(examples: list[Any], ending: str, rng: random.Random) -> bytes:
     if ending == ".json":
-        return as_json(some, rng)
+        return as_json(examples, rng)
     if ending == ".jsonl":
-        return b"\n".join(as_json(row, rng) for row in some)
+        return b"\n".join(as_json(row, rng) for row in examples)
     file = io.BytesIO()
     if ending == ".parquet":
         try:
-            pq.write_table(pa.Table.from_pylist([EMPTY | row for row in some if isinstance(row, dict)]), file)
+            pq.write_table(pa.Table.from_pylist([EMPTY | row for row in examples if isinstance(row, dict)]), file)
         except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):  # no column holds such values
             pq.write_table(pa.Table.from_pylist(ROWS[:1]), file)
         return file.getvalue()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for number, row in enumerate(some):
+        for number, row in enumerate(examples):
             for name, content in ((f"{number}.json", as_json(row, rng)), (f"{number}.png", rng.choice(PICTURES))):
                 member = tarfile.TarInfo(rng.choice([name, name, name, f"../{name}", f"/{name}", name.upper()]))
                 member.size = len(content)

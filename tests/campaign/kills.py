@@ -50,120 +50,120 @@ RESULTS = ("*.safetensors", "losses.jsonl", "scores.json", "predictions.jsonl", 
 
 
 @dataclass(frozen=True)
-class Undisturbed:
-    """A clone in which everything was made; `seconds` for each stage."""
+class Baseline:
+    """A clone in which every stage ran undisturbed; `seconds` of each stage."""
 
     clone: Path
     hashes: dict[str, str]
     seconds: dict[str, float]
 
     @classmethod
-    def made(cls, folder: Path) -> Undisturbed:
+    def build(cls, folder: Path) -> Baseline:
         clone = folder / "clone"
         run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], ROOT)
         run([*DVC, "pull", "--quiet", "data.dvc"], clone)
         recipes.use("smoke", clone)
         seconds = {}
-        for stage in done([*DVC, "stage", "list", "--name-only"], clone).stdout.split():
+        for stage in execute([*DVC, "stage", "list", "--name-only"], clone).stdout.split():
             began = time.monotonic()
             run([*DVC, "repro", stage], clone)
             seconds[stage] = time.monotonic() - began
         return cls(clone, hashes(clone), seconds)
 
-    def without(self, stages: Sequence[str], here: Path) -> None:
-        """A copy in which these have not run, and DVC's cache has the raw data alone."""
-        shutil.copytree(self.clone, here, symlinks=True)
-        shutil.rmtree(here / ".dvc/cache")
-        run([*DVC, "fetch", "--quiet", "data.dvc"], here)
-        shutil.rmtree(here / ".runs")
-        lock = here / "dvc.lock"
-        known = yaml.safe_load(lock.read_text())
+    def copy_without(self, stages: Sequence[str], cwd: Path) -> None:
+        """A copy without the outputs of these stages, and with the raw data alone in DVC's cache."""
+        shutil.copytree(self.clone, cwd, symlinks=True)
+        shutil.rmtree(cwd / ".dvc/cache")
+        run([*DVC, "fetch", "--quiet", "data.dvc"], cwd)
+        shutil.rmtree(cwd / ".runs")
+        lock = cwd / "dvc.lock"
+        locked = yaml.safe_load(lock.read_text())
         for stage in stages:
-            for out in known["stages"].pop(stage)["outs"]:
-                path = here / out["path"]
+            for out in locked["stages"].pop(stage)["outs"]:
+                path = cwd / out["path"]
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        lock.write_text(yaml.safe_dump(known, sort_keys=False))
+        lock.write_text(yaml.safe_dump(locked, sort_keys=False))
 
 
-def hashes(here: Path) -> dict[str, str]:
-    files = sorted({path for pattern in RESULTS for path in (here / "artifacts").rglob(pattern) if path.is_file()})
-    return {str(path.relative_to(here)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def hashes(cwd: Path) -> dict[str, str]:
+    files = sorted({path for pattern in RESULTS for path in (cwd / "artifacts").rglob(pattern) if path.is_file()})
+    return {str(path.relative_to(cwd)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def kill(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | None]:
-    """What was done, and what was wrong afterwards."""
+def kill(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
+    """A description of the try, and its fault afterwards or None."""
     rng = random.Random(seed)
     (command,), number = rng.choices(list(COMMANDS), WEIGHTS), rng.choice(list(SIGNALS))
-    victim, stages = rng.choice([*VICTIMS, "all"]), some_stages(undisturbed, rng)
-    undisturbed.without(stages, here)
-    process = start(COMMANDS[command], here)
-    when = wait(process, sum(undisturbed.seconds[stage] for stage in stages), here, rng)
-    hit = _victims(process, victim, rng)
-    for one in hit:
+    victim, stages = rng.choice([*VICTIMS, "all"]), some_stages(baseline, rng)
+    baseline.copy_without(stages, cwd)
+    process = start(COMMANDS[command], cwd)
+    when = wait(process, sum(baseline.seconds[stage] for stage in stages), cwd, rng)
+    procs = _victims(process, victim, rng)
+    for proc in procs:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.send_signal(SIGNALS[number])
+            proc.send_signal(SIGNALS[number])
     if number == "STOP":
         time.sleep(STOPPED_S)
-        for one in hit:
+        for proc in procs:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.send_signal(signal.SIGCONT)
+                proc.send_signal(signal.SIGCONT)
     process.wait(PATIENCE_S)
-    did = f"{command} of {' and '.join(stages)}: SIG{number} to {len(hit)} of {victim} {when}, exit code {process.returncode}"
-    return did, wrong(undisturbed, COMMANDS[command], here)
+    did = f"{command} of {' and '.join(stages)}: SIG{number} to {len(procs)} of {victim} {when}, exit code {process.returncode}"
+    return did, find_fault(baseline, COMMANDS[command], cwd)
 
 
-def some_stages(undisturbed: Undisturbed, rng: random.Random) -> list[str]:
-    return rng.sample(list(undisturbed.seconds), rng.choice([1, 1, 2]))
+def some_stages(baseline: Baseline, rng: random.Random) -> list[str]:
+    return rng.sample(list(baseline.seconds), rng.choice([1, 1, 2]))
 
 
-def wait(process: subprocess.Popen[Any], seconds: float, here: Path, rng: random.Random) -> str:
-    """Until a moment of those that the stages take, or one at which something is being written; says when that was."""
+def wait(process: subprocess.Popen[Any], seconds: float, cwd: Path, rng: random.Random) -> str:
+    """Wait for a random moment of the stages' run time, or for a write; returns a description of the moment."""
     if rng.random() < 0.5:
         moment = rng.uniform(0, START_S + seconds)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(moment)
         return f"after {moment:.1f} s"
-    what = rng.choice(list(WRITES))
-    before, count = _written(here, what), rng.choice([1, 1, 2, 5])
+    file_kind = rng.choice(list(WRITES))
+    previous, count = _written(cwd, file_kind), rng.choice([1, 1, 2, 5])
     while process.poll() is None and count:
-        if (now := _written(here, what)) != before:
-            before, count = now, count - 1
+        if (now := _written(cwd, file_kind)) != previous:
+            previous, count = now, count - 1
         time.sleep(0.003)
-    return f"at a write of {what}"
+    return f"at a write of {file_kind}"
 
 
-def _written(here: Path, what: str) -> set[tuple[str, int]]:
-    found = set()
-    for pattern in WRITES[what]:
+def _written(cwd: Path, file_kind: str) -> set[tuple[str, int]]:
+    times = set()
+    for pattern in WRITES[file_kind]:
         with contextlib.suppress(OSError):  # a folder goes while it is listed
-            for path in here.glob(pattern):
+            for path in cwd.glob(pattern):
                 with contextlib.suppress(OSError):
-                    found.add((str(path), path.stat().st_mtime_ns))
-    return found
+                    times.add((str(path), path.stat().st_mtime_ns))
+    return times
 
 
-def wrong(undisturbed: Undisturbed, command: list[str], here: Path, environment: Mapping[str, str] = {}) -> str | None:
-    """Of a run that was disturbed: run it again and look at what is there."""
-    left = processes_in(here)
+def find_fault(baseline: Baseline, command: list[str], cwd: Path, environment: Mapping[str, str] = {}) -> str | None:
+    """The fault of a disturbed run: processes, bytes and drafts, after the same command has run again; or None."""
+    left = processes_in(cwd)
     if left:
-        for one in left:
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        return f"left running: {[' '.join(one.cmdline()[:4]) for one in left if one.is_running()]}"
-    again = done(command, here, environment)
-    if again.returncode:
-        return f"the same command again exits with {again.returncode}: {(again.stdout + again.stderr)[-600:]}"
-    if different := {path for path, value in hashes(here).items() if undisturbed.hashes.get(path) != value}:
+                process.kill()
+        return f"left running: {[' '.join(process.cmdline()[:4]) for process in left if process.is_running()]}"
+    rerun = execute(command, cwd, environment)
+    if rerun.returncode:
+        return f"the same command again exits with {rerun.returncode}: {(rerun.stdout + rerun.stderr)[-600:]}"
+    if different := {path for path, value in hashes(cwd).items() if baseline.hashes.get(path) != value}:
         return f"other bytes: {sorted(different)}"
-    if missing := undisturbed.hashes.keys() - hashes(here).keys():
+    if missing := baseline.hashes.keys() - hashes(cwd).keys():
         return f"missing: {sorted(missing)}"
-    status = done([*DVC, "status", "--json"], here)
+    status = execute([*DVC, "status", "--json"], cwd)
     if status.stdout.strip() != "{}":
         return f"dvc status: {status.stdout}{status.stderr[-300:]}"
-    processes_in(here)
-    drafts = [path for path in (here / "artifacts").rglob("*") if path.name.startswith(".") and path.name != ".gitignore"]
-    drafts += [path for path in here.rglob("*.tmp") if ".dvc" not in path.parts]
-    return f"drafts are left: {sorted(str(path.relative_to(here)) for path in drafts)[:5]}" if drafts else None
+    processes_in(cwd)
+    drafts = [path for path in (cwd / "artifacts").rglob("*") if path.name.startswith(".") and path.name != ".gitignore"]
+    drafts += [path for path in cwd.rglob("*.tmp") if ".dvc" not in path.parts]
+    return f"drafts are left: {sorted(str(path.relative_to(cwd)) for path in drafts)[:5]}" if drafts else None
 
 
 def _victims(process: subprocess.Popen[bytes], victim: str, rng: random.Random) -> list[psutil.Process]:
@@ -174,44 +174,44 @@ def _victims(process: subprocess.Popen[bytes], victim: str, rng: random.Random) 
     if victim == "all":
         return family
     named = []
-    for one in family:
+    for member in family:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if VICTIMS[victim] in " ".join(one.cmdline()[1:4]):
-                named.append(one)
+            if VICTIMS[victim] in " ".join(member.cmdline()[1:4]):
+                named.append(member)
     return [rng.choice(named)] if named else []
 
 
-def processes_in(here: Path, within_s: float = ENDING_S) -> list[psutil.Process]:
-    """Those that work in this folder after the time that they have to end."""
+def processes_in(cwd: Path, within_s: float = ENDING_S) -> list[psutil.Process]:
+    """Processes that still work in this folder after their time to end."""
     until = time.monotonic() + within_s
     while True:
         left = []
-        for one in psutil.process_iter():
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if Path(one.cwd()).is_relative_to(here) and one.status() != psutil.STATUS_ZOMBIE:
-                    left.append(one)
+                if Path(process.cwd()).is_relative_to(cwd) and process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(process)
         if not left or time.monotonic() > until:
             return left
         time.sleep(0.5)
 
 
 def start(
-    command: list[str], here: Path, said: Path = Path(os.devnull), before: Callable[[], None] | None = None
+    command: list[str], cwd: Path, log: Path = Path(os.devnull), preexec_fn: Callable[[], None] | None = None
 ) -> subprocess.Popen[bytes]:
-    with said.open("wb") as file:
+    with log.open("wb") as file:
         return subprocess.Popen(
-            command, cwd=here, env=_environment(), stdout=file, stderr=file, start_new_session=True, preexec_fn=before
+            command, cwd=cwd, env=_environment(), stdout=file, stderr=file, start_new_session=True, preexec_fn=preexec_fn
         )
 
 
-def run(command: list[str], here: Path) -> None:
-    ran = done(command, here)
-    assert ran.returncode == 0, f"{command} in {here}: {(ran.stdout + ran.stderr)[-2000:]}"
+def run(command: list[str], cwd: Path) -> None:
+    result = execute(command, cwd)
+    assert result.returncode == 0, f"{command} in {cwd}: {(result.stdout + result.stderr)[-2000:]}"
 
 
-def done(command: list[str], here: Path, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+def execute(command: list[str], cwd: Path, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=here, env=_environment() | environment, capture_output=True, text=True, timeout=PATIENCE_S
+        command, cwd=cwd, env=_environment() | environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

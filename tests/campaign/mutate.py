@@ -17,27 +17,27 @@ ODD: list[Any] = [
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """Cut off, doubled, emptied, or with some bytes changed."""
     kind = rng.randrange(5)
-    at = rng.randrange(len(content)) if content else 0
+    offset = rng.randrange(len(content)) if content else 0
     if kind == 0:
-        return content[:at]
+        return content[:offset]
     if kind == 1:
-        return content + content[at:]
+        return content + content[offset:]
     if kind == 2:
         return b""
     changed = bytearray(content)
     for _ in range(rng.choice([1, 4, 64])):
         if changed:
             changed[rng.randrange(len(changed))] = rng.randrange(256)
-    return bytes(changed) if kind == 3 else bytes(changed[:at]) + rng.randbytes(rng.randrange(64)) + bytes(changed[at:])
+    return bytes(changed) if kind == 3 else bytes(changed[:offset]) + rng.randbytes(rng.randrange(64)) + bytes(changed[offset:])
 
 
 def altered(value: Any, rng: random.Random) -> Any:
-    """A copy of nested dicts and lists of which one place has another value, is missing, is there twice, or is wrapped."""
-    made = copy.deepcopy(value)
-    places = list(_places(made))
-    if not places:
+    """A copy of nested dicts and lists of which one entry is replaced, removed, renamed, or wrapped."""
+    result = copy.deepcopy(value)
+    locations = list(_locations(result))
+    if not locations:
         return rng.choice(ODD)
-    holder, key = rng.choice(places)
+    holder, key = rng.choice(locations)
     kind = rng.randrange(5)
     if kind == 0:
         del holder[key]
@@ -49,17 +49,17 @@ def altered(value: Any, rng: random.Random) -> Any:
         holder[key] = {"value": holder[key]}
     else:
         holder[key] = copy.deepcopy(rng.choice(ODD))
-    return made
+    return result
 
 
 def as_json(value: Any, rng: random.Random) -> bytes:
-    """JSON text, now and then with what Python's reader takes and JSON does not have."""
+    """JSON text, now and then with values that Python's parser accepts and JSON does not have."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _places(value: Any) -> Any:
+def _locations(value: Any) -> Any:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inside in list(items):
         yield value, key
-        yield from _places(inside)
+        yield from _locations(inside)

@@ -1,6 +1,6 @@
 """Prefect's server that refuses, hangs, answers 500, cuts the connection, or loses its database, and comes back.
 
-A flow that asks it may fail, a command may not end in a traceback; whatever was trained stands, and the same flow with the
+A flow that calls it may fail, a command may not end in a traceback; whatever was trained stands, and the same flow with the
 server as it should be ends with the same bytes.
 """
 
@@ -13,42 +13,42 @@ import sys
 import threading
 from pathlib import Path
 
-from tests.campaign.kills import COMMANDS, Undisturbed, done, some_stages, wrong
+from tests.campaign.kills import COMMANDS, Baseline, execute, find_fault, some_stages
 from tests.campaign.trackers import BEHAVIOURS, proxy, serving
 
-WORDS = ["doctor", "doctor --free-slots", "deploy", "status"]
+SUBCOMMANDS = ["doctor", "doctor --free-slots", "deploy", "status"]
 
 
-def prefect_server(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | None]:
-    """What was done, and what was wrong."""
+def prefect_server(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
+    """A description of the try, and its fault or None."""
     rng = random.Random(seed)
     weights = [rng.random() for _ in BEHAVIOURS]
     weights[0] += rng.choice([0, 1, 5])
     for_s, loses = rng.choice([15, 60, 600]), rng.random() < 0.3
-    stages = some_stages(undisturbed, rng)
-    undisturbed.without(stages, here)
-    words = rng.choice([None, None, *WORDS])
-    command = [sys.executable, "-m", "components.cli", *words.split()] if words else COMMANDS["flow"]
+    stages = some_stages(baseline, rng)
+    baseline.copy_without(stages, cwd)
+    subcommand = rng.choice([None, None, *SUBCOMMANDS])
+    command = [sys.executable, "-m", "components.cli", *subcommand.split()] if subcommand else COMMANDS["flow"]
     with contextlib.ExitStack() as stack:
-        server = Server(here.parent / "prefect", stack)
-        through = stack.enter_context(proxy(server.address, rng, weights, for_s))
+        server = Server(cwd.parent / "prefect", stack)
+        proxy_address = stack.enter_context(proxy(server.address, rng, weights, for_s))
         later = threading.Timer(rng.uniform(10, 60), server.lose)
         if loses:
             later.start()
-        ended = done(command, here, _asking(through))
+        result = execute(command, cwd, _environment(proxy_address))
         later.cancel()
         if loses:
             later.join()
         shares = ", ".join(f"{name} {weight / sum(weights):.0%}" for name, weight in zip(BEHAVIOURS, weights, strict=True))
         lost = ", its database lost" if loses else ""
-        did = f"{words or 'flow'} ({' and '.join(stages)}): {shares} for {for_s} s{lost}, exit code {ended.returncode}"
-        said = ended.stdout + ended.stderr
-        if ended.returncode not in (0, 2, 75) or (words and "Traceback" in said):  # Prefect logs those of a flow
-            return did, f"exit code {ended.returncode}: {' '.join(said.split())[-700:]}"
-        return did, wrong(undisturbed, COMMANDS["flow"], here, _asking(server.address))
+        did = f"{subcommand or 'flow'} ({' and '.join(stages)}): {shares} for {for_s} s{lost}, exit code {result.returncode}"
+        output = result.stdout + result.stderr
+        if result.returncode not in (0, 2, 75) or (subcommand and "Traceback" in output):  # Prefect logs those of a flow
+            return did, f"exit code {result.returncode}: {' '.join(output.split())[-700:]}"
+        return did, find_fault(baseline, COMMANDS["flow"], cwd, _environment(server.address))
 
 
-def _asking(address: str) -> dict[str, str]:
+def _environment(address: str) -> dict[str, str]:
     return {"PREFECT_API_URL": f"{address}/api", "ALIGNTI_TRACKING_URI": "journal"}
 
 
@@ -71,5 +71,5 @@ class Server:
             "PREFECT_HOME": str(self._folder),
             "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self._folder / 'prefect.db'}",
         }
-        words = ["flows.prefect_server", "--host", "127.0.0.1"]
-        return self._stack.enter_context(serving(words, self._folder, "/api/health", environment, port))
+        args = ["flows.prefect_server", "--host", "127.0.0.1"]
+        return self._stack.enter_context(serving(args, self._folder, "/api/health", environment, port))

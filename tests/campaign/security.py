@@ -1,6 +1,6 @@
 """Secrets planted where a user may have some, markup in data, and pages elsewhere that talk to the servers.
 
-Nothing of a secret may stand in what a run writes or says; nothing of the data may run on a page; a request from another
+No part of a secret may be in a run's files or output; nothing of the data may run on a page; a request from another
 origin, or under another name of this machine, changes and reads nothing.
 """
 
@@ -23,11 +23,11 @@ import yaml
 
 from flows import servers
 from tests import planted
-from tests.campaign.kills import COMMANDS, DVC, Undisturbed, done, run, some_stages
-from tests.campaign.stored import child
+from tests.campaign.kills import COMMANDS, DVC, Baseline, execute, run, some_stages
+from tests.campaign.stored import run_forked
 
 CLI = [sys.executable, "-m", "components.cli"]
-SAYING = ("plan", "check", "arms", "runs", "sync", "samples", "leaderboard", "doctor", "status", "export align_ti exported")
+PRINTING = ("plan", "check", "arms", "runs", "sync", "samples", "leaderboard", "doctor", "status", "export align_ti exported")
 MARKUP = (
     "<script>ran()</script>",
     "<img src=x onerror=ran()>",
@@ -52,69 +52,69 @@ READS = {
 }
 
 
-def secret(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | None]:
+def secret(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
     """In the environment, in addresses of the tracker, of git's and DVC's remotes, and in params."""
     rng = random.Random(seed)
-    stages = some_stages(undisturbed, rng)
-    undisturbed.without(stages, here)
+    stages = some_stages(baseline, rng)
+    baseline.copy_without(stages, cwd)
     tracker = f"http://user:{planted.CANARY}-tracker@127.0.0.1:9/"
-    run(["git", "remote", "set-url", "origin", f"https://user:{planted.CANARY}-git@127.0.0.1:9/x.git"], here)
-    run([*DVC, "remote", "add", "--local", "pool", planted.REMOTE], here)
-    runtime = here / "params/runtime.yaml"
+    run(["git", "remote", "set-url", "origin", f"https://user:{planted.CANARY}-git@127.0.0.1:9/x.git"], cwd)
+    run([*DVC, "remote", "add", "--local", "pool", planted.REMOTE], cwd)
+    runtime = cwd / "params/runtime.yaml"
     in_params = rng.random() < 0.5
     if in_params:
         runtime.write_text(yaml.safe_dump(yaml.safe_load(runtime.read_text()) | {"tracking_uri": tracker}))
     environment = planted.SECRETS | ({} if in_params else {"ALIGNTI_TRACKING_URI": tracker})
-    words = rng.choice([COMMANDS["dvc repro"], COMMANDS["make repro"], [*CLI, *rng.choice(SAYING).split()]])
-    ended = done(words, here, environment)
+    command = rng.choice([COMMANDS["dvc repro"], COMMANDS["make repro"], [*CLI, *rng.choice(PRINTING).split()]])
+    result = execute(command, cwd, environment)
     where = "params" if in_params else "environment"
-    did = f"{' '.join(words[2:])} ({' and '.join(stages)}), {where}, exit code {ended.returncode}"
-    if planted.CANARY in (said := ended.stdout + ended.stderr):
-        return did, f"said: {[line for line in said.splitlines() if planted.CANARY in line][:3]}"
+    did = f"{' '.join(command[2:])} ({' and '.join(stages)}), {where}, exit code {result.returncode}"
+    if planted.CANARY in (output := result.stdout + result.stderr):
+        return did, f"said: {[line for line in output.splitlines() if planted.CANARY in line][:3]}"
     leaks = [
         path
-        for path in planted.leaks(here, (".git/config", ".dvc/config.local", "params/runtime.yaml"))
+        for path in planted.leaks(cwd, (".git/config", ".dvc/config.local", "params/runtime.yaml"))
         if not path.startswith("tests/")  # this code, which spells the secrets
     ]
     return did, f"written to {leaks[:5]}" if leaks else None
 
 
-def markup(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | None]:
+def markup(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
     """HTML and templates in the texts that pages are made of."""
     rng = random.Random(seed)
     command = rng.choice(sorted(PAGES))
-    undisturbed.without([], here)
-    files = sorted(f for root in PAGES[command] for f in (here / root).rglob("*.json*") if f.is_file())
+    baseline.copy_without([], cwd)
+    files = sorted(f for root in PAGES[command] for f in (cwd / root).rglob("*.json*") if f.is_file())
     changed = rng.sample(files, min(len(files), rng.choice([1, 1, 3])))
     for file in changed:
         _mark(file, rng)
-    code, said = child(["-m", *command.split()], here)
-    did = f"{command} after markup in {', '.join(str(f.relative_to(here)) for f in changed)}, exit code {code}"
+    code, output = run_forked(["-m", *command.split()], cwd)
+    did = f"{command} after markup in {', '.join(str(f.relative_to(cwd)) for f in changed)}, exit code {code}"
     if code not in ("0", "2"):
-        return did, " ".join(said.split())[-700:]
-    for page in (here / "reports").rglob("*.html"):
+        return did, " ".join(output.split())[-700:]
+    for page in (cwd / "reports").rglob("*.html"):
         parser = _Scripts()
         parser.feed(text := page.read_text())
-        if parser.found or "7777000007" in text:
-            return did, f"{page.name}: {parser.found[:3] or 'a template was filled in'}"
+        if parser.code or "7777000007" in text:
+            return did, f"{page.name}: {parser.code[:3] or 'a template was filled in'}"
     return did, None
 
 
 class _Scripts(html.parser.HTMLParser):
-    """Whatever of a page would run what the data say."""
+    """A parser that collects the code of a page that came from the data."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.code: list[str] = []
         self._in_script = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._in_script = tag == "script"
-        self.found += [f"<{tag} {name}={value}>" for name, value in attrs if name.startswith("on") and "ran()" in (value or "")]
+        self.code += [f"<{tag} {name}={value}>" for name, value in attrs if name.startswith("on") and "ran()" in (value or "")]
 
     def handle_data(self, data: str) -> None:
         if self._in_script and data.strip().startswith("ran()"):
-            self.found.append(f"<script>{data[:50]}")
+            self.code.append(f"<script>{data[:50]}")
 
     def handle_endtag(self, tag: str) -> None:
         self._in_script = False
@@ -143,35 +143,35 @@ def up(folder: Path) -> Iterator[dict[str, servers.Server]]:
     """The two servers as `alignti up` starts them."""
     folder.mkdir()
     ports = {"mlflow": 30000 + os.getpid() % 10000, "prefect": 30001 + os.getpid() % 10000}
-    words = [*CLI, "up", "--mlflow-port", str(ports["mlflow"]), "--prefect-port", str(ports["prefect"])]
+    command = [*CLI, "up", "--mlflow-port", str(ports["mlflow"]), "--prefect-port", str(ports["prefect"])]
     (folder / "params").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     try:
-        subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
         with contextlib.chdir(folder):
             yield {server.name: server for server in servers.started()}
     finally:
         subprocess.run([*CLI, "down"], cwd=folder, env=environment, check=True, capture_output=True)
 
 
-def stranger(running: dict[str, servers.Server], seed: str, _here: Path) -> tuple[str, str | None]:
-    """A request as a page of another origin, or one whose name was made to lead here, sends it."""
+def stranger(running: dict[str, servers.Server], seed: str, _cwd: Path) -> tuple[str, str | None]:
+    """A request as a page of another origin, or one whose host name was rebound to this machine, sends it."""
     rng = random.Random(seed)
     server = running[rng.choice(sorted(running))]
     writes = rng.random() < 0.6
     path = rng.choice((WRITES if writes else READS)[server.name])
     rebound = rng.random() < 0.5
     kind = rng.choice(["application/json", "text/plain", "application/x-www-form-urlencoded"])
-    own = f"{server.host}:{server.port}"
-    sent = {"Host": f"evil.example:{server.port}" if rebound else own, "Origin": EVIL, "Content-Type": kind}
+    host = f"{server.host}:{server.port}"
+    sent = {"Host": f"evil.example:{server.port}" if rebound else host, "Origin": EVIL, "Content-Type": kind}
     if rebound:
         sent["Origin"] = f"{EVIL}:{server.port}"
     name = f"stranger-{rng.randrange(10**9)}"
     if server.name == "prefect" and rebound and writes:  # such a page may read, and so have a token
-        _, _, told = _ask(server, "GET", "/api/csrf-token?client=stranger", {"Host": sent["Host"]})
+        _, _, token = _call(server, "GET", "/api/csrf-token?client=stranger", {"Host": sent["Host"]})
         with contextlib.suppress(ValueError):
-            sent |= {"Prefect-Csrf-Token": json.loads(told)["token"], "Prefect-Csrf-Client": "stranger"}
-    status, headers, _ = _ask(server, "POST" if writes else "GET", path, sent, json.dumps({"name": name}) if writes else None)
+            sent |= {"Prefect-Csrf-Token": json.loads(token)["token"], "Prefect-Csrf-Client": "stranger"}
+    status, headers, _ = _call(server, "POST" if writes else "GET", path, sent, json.dumps({"name": name}) if writes else None)
     did = f"{server.name}: {'POST' if writes else 'GET'} {path} as {kind} from {sent['Origin']} to {sent['Host']}: {status}"
     allowed = headers.get("access-control-allow-origin")
     if writes and status < 400:
@@ -179,11 +179,11 @@ def stranger(running: dict[str, servers.Server], seed: str, _here: Path) -> tupl
     if (rebound and status < 400) or allowed in ("*", sent["Origin"]):
         return did, f"it may read the answer ({allowed})"
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    open_to = {c.laddr.ip for one in family for c in one.net_connections() if c.status == psutil.CONN_LISTEN} - {"127.0.0.1"}
+    open_to = {c.laddr.ip for proc in family for c in proc.net_connections() if c.status == psutil.CONN_LISTEN} - {"127.0.0.1"}
     return did, f"listens on {open_to}" if open_to else None
 
 
-def _ask(
+def _call(
     server: servers.Server, method: str, path: str, headers: dict[str, str], body: str | None = None
 ) -> tuple[int, dict[str, str], str]:
     connection = http.client.HTTPConnection(server.host, server.port, timeout=120)

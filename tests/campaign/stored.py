@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from tests.campaign.kills import Undisturbed
+from tests.campaign.kills import Baseline
 from tests.campaign.mutate import altered, damaged
 
 STUCK_S = 600
@@ -55,40 +55,40 @@ class Planted:
         return os.system, (f"touch {shlex.quote(str(self._mark))}",)
 
 
-def stored(undisturbed: Undisturbed, seed: str, here: Path) -> tuple[str, str | None]:
-    """What was done, and what was wrong."""
+def stored(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
+    """A description of the try, and its fault or None."""
     import torch  # noqa: F401  (so that children need not)
     import transformers  # noqa: F401
 
     rng = random.Random(seed)
-    shutil.copytree(undisturbed.clone, here, symlinks=True, ignore=shutil.ignore_patterns("cache"))
-    readers = _readers(here)
+    shutil.copytree(baseline.clone, cwd, symlinks=True, ignore=shutil.ignore_patterns("cache"))
+    readers = _readers(cwd)
     command = rng.choice(sorted(readers))
-    folder = here / rng.choice(readers[command])
+    folder = cwd / rng.choice(readers[command])
     files = sorted(path for path in (folder.rglob("*") if folder.is_dir() else [folder]) if path.is_file())
     if not files:
         return f"{command}: nothing to damage in {folder.name}", None
-    file, mark = rng.choice(files), here.with_suffix(".mark")
+    file, mark = rng.choice(files), cwd.with_suffix(".mark")
     how = _damage(file, mark, rng)
-    did = f"{command} after {file.relative_to(here)} was {how}"
-    before = set(here.parent.iterdir())
-    code, said = child(shlex.split(command)[1:], here)
+    did = f"{command} after {file.relative_to(cwd)} was {how}"
+    existing = set(cwd.parent.iterdir())
+    code, output = run_forked(shlex.split(command)[1:], cwd)
     if mark.exists():
         return did, "what was planted ran"
     if code == "stuck":
         return did, f"not done in {STUCK_S} s"
-    if code not in ("0", "2", "75") or "Traceback" in said:
-        return did, f"exit code {code}: {' '.join(said.split())[-700:]}"
-    stray = set(here.parent.iterdir()) - before - {here.with_suffix(".said")}
+    if code not in ("0", "2", "75") or "Traceback" in output:
+        return did, f"exit code {code}: {' '.join(output.split())[-700:]}"
+    stray = set(cwd.parent.iterdir()) - existing - {cwd.with_suffix(".said")}
     return did, f"wrote outside its folder: {sorted(map(str, stray))}" if stray else None
 
 
-def _readers(here: Path) -> dict[str, list[str]]:
-    """What is run -> the files and folders that it reads."""
-    locked = yaml.safe_load((here / "dvc.lock").read_text())["stages"].values()
-    found = {stage["cmd"]: [dep["path"] for dep in stage["deps"]] for stage in locked}
+def _readers(cwd: Path) -> dict[str, list[str]]:
+    """Command -> the files and folders that it reads."""
+    locked = yaml.safe_load((cwd / "dvc.lock").read_text())["stages"].values()
+    deps = {stage["cmd"]: [dep["path"] for dep in stage["deps"]] for stage in locked}
     read = {
-        command: [path for path in paths if not path.startswith(("components", "flows"))] for command, paths in found.items()
+        command: [path for path in paths if not path.startswith(("components", "flows"))] for command, paths in deps.items()
     }
     return {command: paths for command, paths in {**read, **COMMANDS}.items() if paths}
 
@@ -115,7 +115,7 @@ def _damage(file: Path, mark: Path, rng: random.Random) -> str:
 
 
 def _altered(file: Path, content: bytes, rng: random.Random) -> bytes | None:
-    """Of what has a structure: another value somewhere."""
+    """Structured content with one entry altered; None for any other file."""
     try:
         if file.suffix in JSON:
             return json.dumps(altered(json.loads(content), rng)).encode()
@@ -142,36 +142,36 @@ def _pickle(mark: Path, rng: random.Random) -> bytes:
     return file.getvalue()
 
 
-def child(words: list[str], here: Path) -> tuple[str, str]:
-    """Exit code (or signal) and what was said by `python WORDS`, without starting Python and importing torch anew."""
-    said = here.with_suffix(".said")
-    child = os.fork()
-    if not child:
-        _become(words, here, said)
+def run_forked(args: list[str], cwd: Path) -> tuple[str, str]:
+    """Exit code (or signal) and output of `python ARGS`, without starting Python and importing torch anew."""
+    log = cwd.with_suffix(".said")
+    pid = os.fork()
+    if not pid:
+        _become(args, cwd, log)
     until = time.monotonic() + STUCK_S
     while time.monotonic() < until:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return str(os.waitstatus_to_exitcode(status)), said.read_text(errors="replace")
+        finished, status = os.waitpid(pid, os.WNOHANG)
+        if finished:
+            return str(os.waitstatus_to_exitcode(status)), log.read_text(errors="replace")
         time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "stuck", said.read_text(errors="replace")
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "stuck", log.read_text(errors="replace")
 
 
-def _become(words: list[str], here: Path, said: Path) -> None:
+def _become(args: list[str], cwd: Path, log: Path) -> None:
     code = 1
     with contextlib.suppress(BaseException):
         os.setsid()
-        os.chdir(here)
-        out = os.open(said, os.O_WRONLY | os.O_CREAT)
+        os.chdir(cwd)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(out, stream)
         os.environ["ALIGNTI_TRACKING_URI"] = "journal"
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        sys.argv = [words[1], *words[2:]]
+        sys.argv = [args[1], *args[2:]]
         try:
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            runpy.run_module(args[1], run_name="__main__", alter_sys=True)
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1

@@ -1,4 +1,4 @@
-"""A tracking server that refuses, answers 500, hangs, or cuts the connection before or after it has done what was asked.
+"""A tracking server that refuses, answers 500, hangs, or cuts the connection before or after it has handled the request.
 
 A stage's run goes through a proxy that does one of these to most requests. The stage has to end in time; afterwards
 `alignti sync` with the server itself has to bring the rest: one run, every point once.
@@ -47,8 +47,8 @@ SYNC = "import sys; from components.tracking import mlflow_sync; print(*mlflow_s
 @contextlib.contextmanager
 def mlflow(folder: Path) -> Iterator[str]:
     """A real server, of its own database."""
-    words = ["mlflow", "server", "--host", "127.0.0.1", "--workers", "1", "--backend-store-uri", "sqlite:///m.db"]
-    with serving(words, folder, "/health", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}) as (
+    args = ["mlflow", "server", "--host", "127.0.0.1", "--workers", "1", "--backend-store-uri", "sqlite:///m.db"]
+    with serving(args, folder, "/health", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}) as (
         address,
         _,
     ):  # 8 processes fewer
@@ -57,12 +57,12 @@ def mlflow(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serving(
-    words: list[str], folder: Path, health: str, environment: dict[str, str], port: int | None = None
+    args: list[str], folder: Path, health: str, environment: dict[str, str], port: int | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`python -m WORDS --port ...`, once it answers; its address and process."""
+    """`python -m ARGS --port ...`, once it answers; its address and process."""
     folder.mkdir(exist_ok=True)
     port = port or 20000 + random.SystemRandom().randrange(10000)
-    command = [sys.executable, "-m", *words, "--port", str(port)]
+    command = [sys.executable, "-m", *args, "--port", str(port)]
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=os.environ | environment, stdout=log, stderr=log, preexec_fn=end_with_parent
@@ -78,38 +78,38 @@ def serving(
         process.wait()
 
 
-def tracker(address: str, seed: str, here: Path) -> tuple[str, str | None]:
+def tracker(address: str, seed: str, cwd: Path) -> tuple[str, str | None]:
     rng = random.Random(seed)
-    here.mkdir()
+    cwd.mkdir()
     weights = [rng.random() for _ in BEHAVIOURS]
     did = ", ".join(f"{name} {weight / sum(weights):.0%}" for name, weight in zip(BEHAVIOURS, weights, strict=True))
-    with proxy(address, rng, weights) as through:
-        done = _python(STAGE.replace("ROOT", repr(str(ROOT))).replace("STEPS", str(STEPS)), through, here)
-    if done.returncode or "Traceback" in done.stderr:
-        return did, f"the stage exits with {done.returncode}: {done.stderr[-500:]}"
-    if (took := float(done.stdout)) > LONGEST_S:  # without its imports, which load makes slow
-        return did, f"the stage took {took:.0f} s"
-    sync = _python(SYNC, address, here)
+    with proxy(address, rng, weights) as proxy_address:
+        stage = _python(STAGE.replace("ROOT", repr(str(ROOT))).replace("STEPS", str(STEPS)), proxy_address, cwd)
+    if stage.returncode or "Traceback" in stage.stderr:
+        return did, f"the stage exits with {stage.returncode}: {stage.stderr[-500:]}"
+    if (seconds := float(stage.stdout)) > LONGEST_S:  # without its imports, which load makes slow
+        return did, f"the stage took {seconds:.0f} s"
+    sync = _python(SYNC, address, cwd)
     if sync.returncode:
         return did, f"sync afterwards exits with {sync.returncode}: {sync.stderr[-500:]}"
-    (journal,) = (here / ".runs/journal").glob("*.jsonl")
-    asked = {"experiment_ids": _experiments(address), "filter": f"tags.`alignti.run` = '{journal.stem}'"}
-    found = _ask(address, "runs/search", asked)
-    runs = found.get("runs", [])
+    (journal,) = (cwd / ".runs/journal").glob("*.jsonl")
+    query = {"experiment_ids": _experiments(address), "filter": f"tags.`alignti.run` = '{journal.stem}'"}
+    response = _call_api(address, "runs/search", query)
+    runs = response.get("runs", [])
     if len(runs) != 1:
         return did, f"{len(runs)} runs of one journal"
     info = runs[0]["info"]
-    history = _ask(address, f"metrics/get-history?run_id={info['run_id']}&metric_key=loss/kd", None).get("metrics", [])
+    history = _call_api(address, f"metrics/get-history?run_id={info['run_id']}&metric_key=loss/kd", None).get("metrics", [])
     points = sorted((point["step"], point["value"]) for point in history)
-    wanted = [(step, float(step)) for step in range(STEPS)]
-    if points != wanted or info["status"] != "FINISHED":
+    expected = [(step, float(step)) for step in range(STEPS)]
+    if points != expected or info["status"] != "FINISHED":
         return did, f"{info['status']}, {len(points)} points of {STEPS}, {len(set(points))} of them different"
     return did, None
 
 
 @contextlib.contextmanager
 def proxy(address: str, rng: random.Random, weights: list[float], for_s: float = math.inf) -> Iterator[str]:
-    """The address of one that does to each request what the dice say, for so long."""
+    """The address of a proxy that treats each request by a random behaviour, for `for_s` seconds."""
     choose, until = threading.Lock(), time.monotonic() + for_s
     host, port = address.removeprefix("http://").split(":")
 
@@ -158,10 +158,10 @@ def proxy(address: str, rng: random.Random, weights: list[float], for_s: float =
         running.server_close()
 
 
-def _python(code: str, address: str, here: Path) -> subprocess.CompletedProcess[str]:
+def _python(code: str, address: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     return subprocess.run(
-        [sys.executable, "-c", code, address], cwd=here, env=environment, capture_output=True, text=True, timeout=STUCK_S
+        [sys.executable, "-c", code, address], cwd=cwd, env=environment, capture_output=True, text=True, timeout=STUCK_S
     )
 
 
@@ -177,11 +177,11 @@ def _healthy(port: int, page: str) -> bool:
 
 
 def _experiments(address: str) -> list[str]:
-    found = _ask(address, "experiments/search", {"max_results": 100})
-    return [one["experiment_id"] for one in found.get("experiments", [])]
+    response = _call_api(address, "experiments/search", {"max_results": 100})
+    return [experiment["experiment_id"] for experiment in response.get("experiments", [])]
 
 
-def _ask(address: str, path: str, content: Any) -> Any:
+def _call_api(address: str, path: str, content: Any) -> Any:
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
     method, body = ("GET", None) if content is None else ("POST", json.dumps(content))
     connection.request(method, f"/api/2.0/mlflow/{path}", body, {"Content-Type": "application/json"})

@@ -62,11 +62,11 @@ TWICE = [f"{name}/{phase}" for name in ("paper-qwen2.5-1.5b", "paper-qwen3-1.7b"
 )
 def test_nothing_is_left_of_a_recipe_that_was_used_before(names: tuple[str, str], root: Path) -> None:
     def read() -> dict[str, Any]:
-        found = load_settings(root).model_dump()
+        values = load_settings(root).model_dump()
         for block, key in (("data", "digits"), ("models", "embedded")):  # not read by a pretrained family
-            del found[block][key]
-        del found["runtime"]
-        return found
+            del values[block][key]
+        del values["runtime"]
+        return values
 
     shipped = contents(root)
     recipes.use(names[1], root)
@@ -91,10 +91,10 @@ def test_recipes_for_gpus_set_the_same_keys_so_that_nothing_of_one_is_left_by_an
 
 
 def test_a_phase_lies_on_its_recipe_and_that_on_the_one_it_is_like() -> None:
-    phase, whole = (recipes.overlay(name, ROOT) for name in ("paper-qwen3-1.7b/align", "paper-qwen3-1.7b"))
-    assert phase["models"]["template"] == whole["models"]["template"]  # of paper-qwen2.5-0.5b
+    phase, parent = (recipes.overlay(name, ROOT) for name in ("paper-qwen3-1.7b/align", "paper-qwen3-1.7b"))
+    assert phase["models"]["template"] == parent["models"]["template"]  # of paper-qwen2.5-0.5b
     assert "Qwen3-1.7B" in str(phase["models"]["pretrained"]["students"]) and phase["distill"]["stage"] == "align"
-    assert whole["distill"]["stage"] == "distill" and whole["distill"]["tpa"]["draws"] == 4  # of _full-size
+    assert parent["distill"]["stage"] == "distill" and parent["distill"]["tpa"]["draws"] == 4  # of _full-size
     mixture = read_yaml(ROOT / "params/mixtures/paper-stage-1.yaml")
     assert (phase["data"]["source"], phase["data"]["mixture"]) == ("mixture", mixture)
     assert recipes.phases("paper-qwen3-1.7b", ROOT) == ["teacher-align", "teacher", "align"]
@@ -116,12 +116,12 @@ def test_digits_says_what_the_shipped_params_say_all_of_it(root: Path) -> None:
 def test_own_values_are_kept_before_a_recipe_replaces_them(root: Path) -> None:
     assert recipes.back_up_own_values(root) == ""  # the shipped params are a recipe's
     path = root / "params/study.yaml"
-    own = path.read_text() + "  mine: {weights: {sft: 1.0, kd: 2.0, iva: 0.0, tpa: 0.0}, student: student, seed: 1}\n"
-    path.write_text(own)
+    text = path.read_text() + "  mine: {weights: {sft: 1.0, kd: 2.0, iva: 0.0, tpa: 0.0}, student: student, seed: 1}\n"
+    path.write_text(text)
     backup = Path(recipes.back_up_own_values(root).split("`cp ")[1].split("/*.yaml")[0])
     recipes.use("smoke", root)
     assert "mine" not in path.read_text()
-    assert (backup / "study.yaml").read_text() == own
+    assert (backup / "study.yaml").read_text() == text
     assert {file.stem for file in backup.iterdir()} == set(FILES)
     assert recipes.back_up_own_values(root) == ""  # smoke's alone
 
@@ -146,8 +146,8 @@ def test_restating_takes_over_what_params_say_now_and_keeps_comments(root: Path)
     path.write_text(re.sub(r"(?m)^steps: \d+", "steps: 7", path.read_text()))
     recipes.restate("digits", root)
     assert recipes.nearest(root) == ("digits", 0)
-    before, after = ((folder / "params/recipes/digits.yaml").read_text() for folder in (ROOT, root))
-    assert after == re.sub(r"(?m)^(distill:\n  rows:.*\n  steps:) \d+", r"\1 7", before) != before
+    shipped, restated = ((folder / "params/recipes/digits.yaml").read_text() for folder in (ROOT, root))
+    assert restated == re.sub(r"(?m)^(distill:\n  rows:.*\n  steps:) \d+", r"\1 7", shipped) != shipped
 
 
 ABOUT = "about: {run: alignti use mine, hardware: any, time: none, result: none, seconds: {}}\n"
@@ -169,15 +169,15 @@ study:
     only: {weights: {sft: 0.0, kd: 1.0, iva: 0.0, tpa: 0.0}, student: student, seed: 2}
 """,
     )
-    before = load_settings(root)
+    shipped = load_settings(root)
     recipes.use("mine", root)
-    now = load_settings(root)
-    assert list(now.study.arms) == ["only"]
-    assert now.models.embedded is not None
-    assert list(now.models.embedded.teachers) == ["big"]
-    assert list(now.models.embedded.students) == ["student"]
-    assert now.distill.optimiser == before.distill.optimiser.model_copy(update={"learning_rate": 1e-4})
-    assert (now.distill.iva.layer, now.distill.steps) == (0, before.distill.steps)
+    merged = load_settings(root)
+    assert list(merged.study.arms) == ["only"]
+    assert merged.models.embedded is not None
+    assert list(merged.models.embedded.teachers) == ["big"]
+    assert list(merged.models.embedded.students) == ["student"]
+    assert merged.distill.optimiser == shipped.distill.optimiser.model_copy(update={"learning_rate": 1e-4})
+    assert (merged.distill.iva.layer, merged.distill.steps) == (0, shipped.distill.steps)
 
 
 def test_a_block_that_is_null_is_filled_in(root: Path) -> None:

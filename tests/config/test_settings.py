@@ -247,7 +247,7 @@ def test_a_seed_that_no_generator_takes_is_refused_before_anything_runs(root: Pa
     assert problem.startswith(f"params/study.yaml:{line}: arms.sft.seed: ")
 
 
-OWN_NAMES = {
+USER_KEYS = {
     ("study", "arms"),
     ("models", "embedded", "teachers"),
     ("models", "embedded", "students"),
@@ -255,7 +255,7 @@ OWN_NAMES = {
 }
 
 
-@pytest.mark.parametrize("where", [at for at in MAPPINGS if at not in OWN_NAMES and at[-1] != "weights"], ids=".".join)
+@pytest.mark.parametrize("where", [keys for keys in MAPPINGS if keys not in USER_KEYS and keys[-1] != "weights"], ids=".".join)
 def test_a_typo_anywhere_is_named_with_its_line_and_what_was_meant(root: Path, where: tuple[str, ...]) -> None:
     """In what a user names as well: arms, teachers, students."""
     file, *steps = where
@@ -276,7 +276,7 @@ def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypat
     monkeypatch.chdir(root)
     (root / "mine").mkdir()
     (root / "mine/a.tar").touch()
-    own = {
+    changes = {
         "data": {"source": "llava", "llava": {"annotations": "mine/x.json", "images": "mine/*.tar", "val": 0.1, "test": 0.1}},
         "models": {
             "family": "pretrained",
@@ -294,7 +294,7 @@ def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypat
         },
     }
     assert missing_paths(load_settings()) == []
-    for file, values in own.items():
+    for file, values in changes.items():
         path = root / f"params/{file}.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
     assert missing_paths(load_settings()) == [
@@ -468,10 +468,10 @@ def test_an_unknown_key_anywhere_is_refused(where: tuple[str, ...], key: str) ->
 
 
 def test_no_field_has_a_hidden_default_but_what_an_arm_may_leave_to_distill() -> None:
-    seen: list[type[BaseModel]] = [Settings]
+    pending: list[type[BaseModel]] = [Settings]
     hidden = set()
-    while seen:
-        model = seen.pop()
+    while pending:
+        model = pending.pop()
         for name, field in model.model_fields.items():
             if not field.is_required():
                 hidden.add(f"{model.__name__}.{name}")
@@ -479,7 +479,7 @@ def test_no_field_has_a_hidden_default_but_what_an_arm_may_leave_to_distill() ->
             while parts:
                 part = parts.pop()
                 if isinstance(part, type) and issubclass(part, BaseModel):
-                    seen.append(part)
+                    pending.append(part)
                 parts += getattr(part, "__args__", ())
     of_arm = {f"Arm.{key}" for key in ("iva", "tpa", "divergence", "steps", "answers", "answer_filter", "rollouts")}
     assert hidden == of_arm | {"Iva.divergence", "Iva.change", "Iva.rows", "Tpa.divergence", "Tpa.alternatives"}

@@ -32,22 +32,22 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def told(name: str, root: Path) -> str:
+def rendered(name: str, root: Path) -> str:
     console = Console(file=io.StringIO(), width=160, highlight=False)
     cost_report.show(name, recipes.settings_with(name, root), root, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_all_runs_and_all_that_is_missing_are_told(root: Path) -> None:
-    said = told(NAME, root)
+    text = rendered(NAME, root)
     for run in ("teacher-align", "teacher ", "align ", " (these params)"):
-        assert f"{NAME}/{run}" in said or f"{NAME}{run}" in said
+        assert f"{NAME}/{run}" in text or f"{NAME}{run}" in text
     for source in ("Qwen/Qwen2.5-7B@d1497293", "Qwen/Qwen2.5-0.5B@060db649", "siglip-so400m-patch14-384@9fdffc58"):
-        assert said.count(source) == 1
-    assert "MobileVLM_V2_FT_Mix2M.json, 2,428,000 rows" in said and "data/llava/pretrain (images)" in said
-    assert "15.2" in said and "of unknown size" in said and "not gated" in said
-    assert "an assumed share" in said
-    assert "artifacts/students" not in said
+        assert text.count(source) == 1
+    assert "MobileVLM_V2_FT_Mix2M.json, 2,428,000 rows" in text and "data/llava/pretrain (images)" in text
+    assert "15.2" in text and "of unknown size" in text and "not gated" in text
+    assert "an assumed share" in text
+    assert "artifacts/students" not in text
 
 
 def test_answers_that_a_student_writes_in_training_cost_their_time(root: Path) -> None:
@@ -55,11 +55,11 @@ def test_answers_that_a_student_writes_in_training_cost_their_time(root: Path) -
     name, arm = next(iter(settings.study.arms.items()))
     hours = []
     for share in (None, 0.5, 1.0):
-        asked = share and Rollouts(share=share, temperature=1.0, top_p=None, max_new_tokens=32, reuse=1)
-        study = settings.study.model_copy(update={"arms": {name: arm.model_copy(update={"rollouts": asked})}})
-        found = costs.estimate(NAME, settings.model_copy(update={"study": study}), root)
-        assert found is not None
-        hours.append(found.hours[f"distill@{name}"])
+        rollouts = share and Rollouts(share=share, temperature=1.0, top_p=None, max_new_tokens=32, reuse=1)
+        study = settings.study.model_copy(update={"arms": {name: arm.model_copy(update={"rollouts": rollouts})}})
+        cost = costs.estimate(NAME, settings.model_copy(update={"study": study}), root)
+        assert cost is not None
+        hours.append(cost.hours[f"distill@{name}"])
     assert hours[0] < hours[1] and hours[2] - hours[0] == pytest.approx(2 * (hours[1] - hours[0]))
 
 
@@ -78,12 +78,12 @@ def test_what_is_here_is_not_missing(root: Path) -> None:
 
 
 def test_a_student_that_a_run_will_make_has_the_shape_of_its_parts(root: Path) -> None:
-    found = costs.estimate(NAME, recipes.settings_with(NAME, root), root)
+    cost = costs.estimate(NAME, recipes.settings_with(NAME, root), root)
     align = costs.estimate(f"{NAME}/align", recipes.settings_with(f"{NAME}/align", root), root)
-    assert found is not None and align is not None
-    assert found.disk["students"] == 3 * align.disk["students"]
-    assert found.hours["distill@sft"] < found.hours["distill@kd"] < found.hours["distill@align_ti"]
-    assert found.seconds["distill@kd"] == pytest.approx(3600 * found.hours["distill@kd"] / 8)
+    assert cost is not None and align is not None
+    assert cost.disk["students"] == 3 * align.disk["students"]
+    assert cost.hours["distill@sft"] < cost.hours["distill@kd"] < cost.hours["distill@align_ti"]
+    assert cost.seconds["distill@kd"] == pytest.approx(3600 * cost.hours["distill@kd"] / 8)
 
 
 def test_a_config_that_is_here_comes_before_what_is_known(root: Path) -> None:
@@ -100,8 +100,8 @@ def test_a_config_that_is_here_comes_before_what_is_known(root: Path) -> None:
 def test_a_cut_student_is_smaller_and_an_unknown_model_is_named(root: Path) -> None:
     settings = recipes.settings_with("qwen3-vl-8b-to-2b", root)
     cut = costs._model(Cut(teacher="teacher", every=2, mlp=4096), "qwen3-vl-8b-to-2b", settings, root)
-    whole = shapes.MODELS["Qwen/Qwen3-VL-8B-Instruct"]
-    assert cut.language.layers == 18 and cut.language.mlp == 4096 and cut.tower == whole.tower
+    teacher = shapes.MODELS["Qwen/Qwen3-VL-8B-Instruct"]
+    assert cut.language.layers == 18 and cut.language.mlp == 4096 and cut.tower == teacher.tower
     with pytest.raises(InputError, match="the shape of me/mine is not known"):
         costs._model(Checkpoint(source="me/mine", revision="0" * 40), "qwen3-vl-8b-to-2b", settings, root)
 
@@ -109,35 +109,35 @@ def test_a_cut_student_is_smaller_and_an_unknown_model_is_named(root: Path) -> N
 def test_a_model_of_unknown_shape_costs_the_figures_and_not_the_list_of_what_is_missing(root: Path) -> None:
     path = root / "params/recipes/qwen3-vl-8b-to-2b.yaml"
     path.write_text(path.read_text().replace("Qwen/Qwen3-VL-2B-Instruct", "me/mine"))
-    said = told("qwen3-vl-8b-to-2b", root)
-    assert "Costs are not counted: the shape of me/mine is not known" in said and "`dvc repro obtain_models` brings it" in said
-    assert "Not on this machine yet" in said and "me/mine@" in said and "GPU hours" not in said
+    text = rendered("qwen3-vl-8b-to-2b", root)
+    assert "Costs are not counted: the shape of me/mine is not known" in text and "`dvc repro obtain_models` brings it" in text
+    assert "Not on this machine yet" in text and "me/mine@" in text and "GPU hours" not in text
 
 
 def test_every_recipe_states_what_is_estimated_for_it_and_the_page_repeats_it() -> None:
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    told = set()
+    listed = set()
     for name in recipes.names(ROOT):
         about = recipes.about(name, ROOT)
-        found = costs.estimate(name, recipes.settings_with(name, ROOT), ROOT)
-        if found is not None:
-            hours, gib = (float(re.match(r"about ([\d.]+) G", said)[1]) for said in (about.time, about.memory or ""))
-            assert (hours, gib) == (pytest.approx(found.device_hours, rel=0.05), pytest.approx(found.gib, rel=0.05)), name
+        cost = costs.estimate(name, recipes.settings_with(name, ROOT), ROOT)
+        if cost is not None:
+            hours, gib = (float(re.match(r"about ([\d.]+) G", text)[1]) for text in (about.time, about.memory or ""))
+            assert (hours, gib) == (pytest.approx(cost.device_hours, rel=0.05), pytest.approx(cost.gib, rel=0.05)), name
         same_run = repr(recipes.overlay(name, ROOT))  # a teacher's serves both students: the page has it once
-        if same_run not in told:
+        if same_run not in listed:
             row = (f"`{name}`", about.hardware, about.time, about.memory or "", about.result)
             assert f"| {' | '.join(cell.replace(' (docs/recipes.md)', '') for cell in row)} |" in page
-        told.add(same_run)
+        listed.add(same_run)
 
 
 def test_published_targets_are_those_of_the_table() -> None:
     with (ROOT / "components/evaluate/published.csv").open(encoding="utf-8") as file:
         averages = {row["backbone"]: row["average"] for row in csv.DictReader(file) if row["method"] == "Align-TI"}
-    found = {}
+    targets = {}
     for name in recipes.names(ROOT):
         if stated := re.match(
             r"published: ([\d.]+) on average of six benchmarks \(Align-TI, ([\w.-]+) in", recipes.about(name, ROOT).result
         ):
-            found[stated[2]] = stated[1]
+            targets[stated[2]] = stated[1]
             assert stated[2].lower() in name
-    assert found == {backbone: averages[backbone] for backbone in found} and len(found) == 4
+    assert targets == {backbone: averages[backbone] for backbone in targets} and len(targets) == 4

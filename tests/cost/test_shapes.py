@@ -73,5 +73,5 @@ def test_the_reckoned_image_has_the_visual_tokens_of_the_processors_own_rules() 
         assert shapes.MODELS[source].visual == int(torch.prod(grid)) // 4
     assert shapes.SIGLIP.tokens == 729 and math.isqrt(729) == 27
     side, padding = 54, (54 - int(height * 54 / width)) // 2  # LLaVA-OneVision: 2 x 2 tiles, less the rows of padding
-    kept = side - 2 * padding
-    assert shapes.MODELS["llava-hf/llava-onevision-qwen2-0.5b-ov-hf"].visual == 729 + kept * (side + 1)
+    rows = side - 2 * padding
+    assert shapes.MODELS["llava-hf/llava-onevision-qwen2-0.5b-ov-hf"].visual == 729 + rows * (side + 1)

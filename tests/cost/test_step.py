@@ -41,9 +41,9 @@ def test_a_step_is_the_familiar_six_operations_per_weight_and_token() -> None:
 def test_the_teacher_costs_a_third_of_what_training_it_would() -> None:
     kd = needs_of(["kd"])
     with_teacher, without = (cost.operations(STUDENT, teacher, WORK, StepPlan(kd)) for teacher in (TEACHER, None))
-    its_own = cost.operations(TEACHER, None, WORK, StepPlan(kd))
+    trained = cost.operations(TEACHER, None, WORK, StepPlan(kd))
     tower = cost.tower(STUDENT, WORK.images)
-    assert with_teacher.all - without.all == pytest.approx((its_own.all - tower) / 3)
+    assert with_teacher.all - without.all == pytest.approx((trained.all - tower) / 3)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_what_makes_a_step_dearer_or_cheaper(way: dict, more: bool) -> None:
 
 @given(st.integers(2, 8))
 def test_splitting_a_batch_over_passes_costs_the_same(passes: int) -> None:
-    one = BatchShape(lengths=(900.0,), response=100, visual=729, images=1, instruction=71, ribbon=120)
-    many = BatchShape(
+    single = BatchShape(lengths=(900.0,), response=100, visual=729, images=1, instruction=71, ribbon=120)
+    batched = BatchShape(
         lengths=(900.0,) * passes,
         response=100 * passes,
         visual=729 * passes,
@@ -75,7 +75,7 @@ def test_splitting_a_batch_over_passes_costs_the_same(passes: int) -> None:
         instruction=71 * passes,
         ribbon=120 * passes,
     )
-    apart, together = (cost.operations(STUDENT, TEACHER, work, StepPlan(ALL)) for work in (one, many))
+    apart, together = (cost.operations(STUDENT, TEACHER, work, StepPlan(ALL)) for work in (single, batched))
     assert passes * apart.all == pytest.approx(together.all, rel=1e-6)
 
 
@@ -147,8 +147,8 @@ def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> N
     module = AlignTI(bench.student, bench.teacher, Method(weights, shared_vocabulary=bench.size.student.vocabulary))
     ribbon = plan(module.draw(bench.batch, bench.keys), bench.batch.input_ids, bench.batch.response, eos=0).tokens.numel()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as measured:
-        found = module(edited(bench.batch), bench.keys)
-        total(found.sums, found.counts, module.method.weight_vector()).backward()
+        outputs = module(edited(bench.batch), bench.keys)
+        total(outputs.sums, outputs.counts, module.method.weight_vector()).backward()
     student, teacher = (llava(bench.size.tower, language) for language in (bench.size.student, bench.size.teacher))
     way = StepPlan(needs_of(weights), gradient=gradient, edited=1.0)
     counted = cost.operations(student, teacher, flops.batch_shape(bench.batch, ribbon), way).all
@@ -157,12 +157,12 @@ def test_the_count_is_what_torch_measures(extra: list[str], gradient: bool) -> N
 
 def edited(batch: Batch) -> Batch:
     """With an edit of each sample, as L_mcd asks for: half of its image's tokens those of another image."""
-    own = ~(batch.visual & (torch.arange(batch.visual.shape[1]) % 2 == 0))
-    places, effect = torch.arange(len(own)), torch.arange(len(own)) % 2 == 0
+    mask = ~(batch.visual & (torch.arange(batch.visual.shape[1]) % 2 == 0))
+    places, effect = torch.arange(len(mask)), torch.arange(len(mask)) % 2 == 0
     N = int(batch.response.sum())
-    whole, without = torch.linspace(0, 1, 10 * N).view(2, N, 5).softmax(-1)
+    full, without = torch.linspace(0, 1, 10 * N).view(2, N, 5).softmax(-1)
     other = replace(batch, pixel_values=None if batch.pixel_values is None else -batch.pixel_values)
-    edits = Edits(batch, other, own.float(), places, effect, torch.arange(4).expand(N, 4), whole, without)
+    edits = Edits(batch, other, mask.float(), places, effect, torch.arange(4).expand(N, 4), full, without)
     return replace(batch, edits=edits)
 
 

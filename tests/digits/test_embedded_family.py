@@ -29,8 +29,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 def built(dataset: Path, folder: Path, settings: ModelsSettings, workers: int = 1, losses: list[Any] | None = None) -> None:
     runtime = load_settings(REPOSITORY).runtime.model_copy(update={"device": "cpu", "workers": workers})
-    told = [] if losses is None else losses
-    embedded_family.build(settings, Samples(dataset, "train"), folder, runtime, lambda *loss: told.append(loss))
+    history = [] if losses is None else losses
+    embedded_family.build(settings, Samples(dataset, "train"), folder, runtime, lambda *loss: history.append(loss))
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,12 @@ def test_language_stages_teach(dataset: Path) -> None:
     torch.manual_seed(0)
     tower = embedded_family.new_tower(settings.embedded.tower, 16)
     model = embedded_family.new_model(settings.embedded.teachers["small"], tower, processor)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    seen = embedded_family.encode(tower, corpus.images, CPU)
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    features = embedded_family.encode(tower, corpus.images, CPU)
     losses: dict[str, list[float]] = {}
     language = embedded_family.LanguageTrainer(
         model,
-        seen,
+        features,
         collator,
         torch.Generator().manual_seed(0),
         "t",
@@ -129,7 +129,7 @@ def test_language_stages_teach(dataset: Path) -> None:
     language.conversations(corpus.turns, settings.embedded.teacher_instructions)
     assert losses["t captions"][-1] < 0.6 * losses["t captions"][0]
     assert losses["t conversations"][-1] < 0.6 * losses["t conversations"][0]
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, initial[key])}
     assert not any("vision_tower" in key for key in changed)
     assert {key.split(".")[1] for key in changed} >= {"language_model", "multi_modal_projector"}
 
@@ -149,20 +149,20 @@ def test_loss_is_the_stock_models_own(dataset: Path) -> None:
     stock = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values, labels=labels
     ).loss
-    seen = embedded_family.encode(tower, corpus.images, CPU)
-    loss = embedded_family.response_loss(embedded_family.VLM(model), batch, seen[:5])
+    features = embedded_family.encode(tower, corpus.images, CPU)
+    loss = embedded_family.response_loss(embedded_family.VLM(model), batch, features[:5])
     torch.testing.assert_close(loss, stock)
 
 
 def test_tokenizer_is_of_the_words_alone_whatever_their_order() -> None:
     texts = ["What digit is at a1? red, two.", "Describe the grid. empty cell"]
-    one, other = build_tokenizer(texts), build_tokenizer(reversed(texts))
-    assert one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
-    ids = one("USER: What digit is at a1? ASSISTANT: red, two.<|endoftext|>")["input_ids"]
+    tokenizer, reordered = build_tokenizer(texts), build_tokenizer(reversed(texts))
+    assert tokenizer.backend_tokenizer.to_str() == reordered.backend_tokenizer.to_str()
+    ids = tokenizer("USER: What digit is at a1? ASSISTANT: red, two.<|endoftext|>")["input_ids"]
     words = "USER: What digit is at a1 ? ASSISTANT: red , two . <|endoftext|>"
-    assert " ".join(one.convert_ids_to_tokens(ids)) == words
-    assert one.decode(one("red, two.")["input_ids"]) == "red, two."
-    assert one("unheard")["input_ids"] == [one.unk_token_id]
+    assert " ".join(tokenizer.convert_ids_to_tokens(ids)) == words
+    assert tokenizer.decode(tokenizer("red, two.")["input_ids"]) == "red, two."
+    assert tokenizer("unheard")["input_ids"] == [tokenizer.unk_token_id]
 
 
 def rows(change) -> list[ImageRow]:

@@ -48,7 +48,7 @@ def test_provenance_tells_the_truth(prepared: Prepared, raw_folder: Path) -> Non
     train = Samples(prepared.folder, "train")
     origins = {origin.image_id: origin for origin in prepared.provenance}
     px, grid = prepared.settings.digits.cell_px, prepared.settings.digits.grid  # type: ignore[union-attr]
-    own, other = [], []
+    matching, other = [], []
     for row in range(60):
         captioned = next(train[i] for i in train.of_image(row) if train[i].kind == "caption")
         words = captioned.turns[0].answer.split()
@@ -58,12 +58,12 @@ def test_provenance_tells_the_truth(prepared: Prepared, raw_folder: Path) -> Non
         pixels = np.asarray(Image.open(io.BytesIO(captioned.image or b"")), dtype=float).max(axis=2)
         for cell, index in zip(filled, used, strict=True):
             top, left = (px * part for part in divmod(cell, grid))
-            seen = pixels[top : top + px, left : left + px].ravel()
+            patch = pixels[top : top + px, left : left + px].ravel()
             same_value = np.flatnonzero(labels == labels[index])
             stranger = same_value[(np.flatnonzero(same_value == index)[0] + 1) % len(same_value)]
-            for which, found in ((index, own), (stranger, other)):
-                found.append(np.corrcoef(seen, np.kron(drawings[which], np.ones((px // 8, px // 8))).ravel())[0, 1])
-    assert np.mean(np.array(own) > np.array(other)) > 0.95  # nearer to the named digit than to another of the same value
+            for which, scores in ((index, matching), (stranger, other)):
+                scores.append(np.corrcoef(patch, np.kron(drawings[which], np.ones((px // 8, px // 8))).ravel())[0, 1])
+    assert np.mean(np.array(matching) > np.array(other)) > 0.95  # nearer to the named digit than to another of the same value
 
 
 def test_splits_share_out_every_digit_in_proportion(raw_folder: Path, digits_settings: DataSettings) -> None:
@@ -129,14 +129,14 @@ def test_kinds_are_even_in_every_split_and_captions_in_train_only(prepared: Prep
 
 def test_no_result_pays_as_a_blind_guess(prepared: Prepared) -> None:
     ends = {"How many", "digit in", "digit is", "plus", "apart", "larger"}
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    endings: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples_of(prepared)["train"]:
         for turn in sample.turns:
             for end in ends:
                 if end in turn.question:
-                    found[end][turn.answer.split()[-1]] += 1
-    assert set(found) == ends
-    assert all(max(counts.values()) / counts.total() <= 0.5 for counts in found.values()), found
+                    endings[end][turn.answer.split()[-1]] += 1
+    assert set(endings) == ends
+    assert all(max(counts.values()) / counts.total() <= 0.5 for counts in endings.values()), endings
 
 
 def test_answers_agree_with_the_caption(prepared: Prepared) -> None:
@@ -158,37 +158,37 @@ def test_boxes_are_the_cells_that_a_question_asks_about(prepared: Prepared) -> N
     named = cell_names(design.grid)
     for sample in samples_of(prepared)["train"]:
         for turn in sample.turns:
-            wanted = set() if sample.kind == "caption" else set(turn.answer.split()) & set(named)
+            expected = set() if sample.kind == "caption" else set(turn.answer.split()) & set(named)
             corners = [(round(left * design.grid), round(top * design.grid)) for left, top, *_ in turn.boxes]
-            assert {named[y * design.grid + x] for x, y in corners} == wanted, sample
+            assert {named[y * design.grid + x] for x, y in corners} == expected, sample
             assert all(right - left == pytest.approx(1 / design.grid) for left, _, right, _ in turn.boxes)
             assert all(bottom - top == pytest.approx(1 / design.grid) for _, top, _, bottom in turn.boxes)
 
 
 def worked_out(question: str, cells: dict[str, tuple[str, str]]) -> str:
-    """The answer from place -> (colour, digit word), or ("empty", "cell")."""
+    """The answer from cell -> (colour, digit word), or ("empty", "cell")."""
 
     def line(name: str) -> list[str]:
-        at = 1 if name in NUMBERS else 0
-        mark = str(NUMBERS.index(name)) if at else name
-        return [place for place in cells if place[at] == mark]
+        part = 1 if name in NUMBERS else 0
+        mark = str(NUMBERS.index(name)) if part else name
+        return [cell for cell in cells if cell[part] == mark]
 
-    def value(place: str) -> int:
-        return DIGITS.index(cells[place][1])
+    def value(cell: str) -> int:
+        return DIGITS.index(cells[cell][1])
 
     def read(name: str) -> str:
-        return " ".join(f"{place} {'empty' if cells[place][0] == 'empty' else cells[place][1]}" for place in line(name))
+        return " ".join(f"{cell} {'empty' if cells[cell][0] == 'empty' else cells[cell][1]}" for cell in line(name))
 
     def values(name: str) -> list[int]:
-        return [value(place) for place in line(name) if cells[place][0] != "empty"]
+        return [value(cell) for cell in line(name) if cells[cell][0] != "empty"]
 
     match question.rstrip("?.").replace(",", "").split():
-        case ["What", "digit", "is", "at", place]:
-            return f"{place} {cells[place][1]}"
+        case ["What", "digit", "is", "at", cell]:
+            return f"{cell} {cells[cell][1]}"
         case ["Which", "colours", "are", "in", _, name]:
-            return " ".join(f"{place} {cells[place][0]}" for place in line(name))
+            return " ".join(f"{cell} {cells[cell][0]}" for cell in line(name))
         case ["Describe", _, name]:
-            return f"{read(name)} then {' '.join(f'{place} {cells[place][0]}' for place in line(name))}"
+            return f"{read(name)} then {' '.join(f'{cell} {cells[cell][0]}' for cell in line(name))}"
         case ["Which", "is", "larger", a, "or", b]:
             return f"{a} {cells[a][1]} and {b} {cells[b][1]} so {DIGITS[max(value(a), value(b))]}"
         case ["What", "is", a, "plus", b]:
@@ -262,6 +262,6 @@ def test_no_image_depends_on_how_many_there_are_but_all_on_the_seed(
     prepare(settings, raw_folder, tmp_path / "fewer")
     prepare(settings.model_copy(update={"seed": 2}), raw_folder, tmp_path / "seed")
     for split in SPLITS:
-        found = list(Samples(tmp_path / "fewer", split))
-        assert found == list(Samples(prepared.folder, split))[: len(found)]
-        assert {sample.image for sample in found}.isdisjoint(sample.image for sample in Samples(tmp_path / "seed", split))
+        samples = list(Samples(tmp_path / "fewer", split))
+        assert samples == list(Samples(prepared.folder, split))[: len(samples)]
+        assert {sample.image for sample in samples}.isdisjoint(sample.image for sample in Samples(tmp_path / "seed", split))

@@ -80,16 +80,16 @@ def scenes(draw: st.DrawFn) -> Scene:
 @given(scenes(), st.integers(2, 4), st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None)
 def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: Scene, amount: int, seed: int) -> None:
-    asked = choose_questions(scene, amount, Balance(), np.random.default_rng(seed))
-    assert len(asked) == amount == len({one.question for one in asked})
+    questions = choose_questions(scene, amount, Balance(), np.random.default_rng(seed))
+    assert len(questions) == amount == len({item.question for item in questions})
     legal = {"empty", "then", "and", "so", "plus", "is", *NUMBERS, *COLOURS, *scene.cells}
-    for kind, question, answer, cells in asked:
+    for kind, question, answer, cells in questions:
         assert {*cells} <= {*scene.cells}
         assert {*cells} == {word for word in answer.split() if word in scene.cells}  # it names where it looks
         assert KINDS[kind](scene)  # the kind can be asked here
         assert answers(kind, scene)[question] == answer
         assert set(answer.split()) <= legal
-    assert len({one.kind for one in asked}) == min(amount, sum(bool(function(scene)) for function in KINDS.values()))
+    assert len({item.kind for item in questions}) == min(amount, sum(bool(function(scene)) for function in KINDS.values()))
 
 
 def test_more_questions_than_there_are_is_an_error() -> None:
@@ -104,9 +104,9 @@ def test_the_choice_evens_out_even_what_scenes_do_not_offer_evenly() -> None:
         Scene(cell_names(3), tuple(Digit(p, int(rng.integers(7, 10)), "red", 0) for p in cell_names(3)[: rng.integers(3, 9)]))
         for _ in range(300)
     ]
-    found: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    endings: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for scene in skewed:
         for kind, _, answer, _ in choose_questions(scene, 5, balance, rng):
-            found[kind][answer.split()[-1]] += 1
-    assert max(found["digit"].values()) - min(found["digit"].values()) <= 2
-    assert max(found["sum"].values()) - min(found["sum"].values()) <= 2
+            endings[kind][answer.split()[-1]] += 1
+    assert max(endings["digit"].values()) - min(endings["digit"].values()) <= 2
+    assert max(endings["sum"].values()) - min(endings["sum"].values()) <= 2

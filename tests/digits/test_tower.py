@@ -46,10 +46,10 @@ def test_pixels_are_those_of_the_saved_image_processor() -> None:
 def test_features_are_those_that_llava_reads() -> None:
     model: LlavaForConditionalGeneration = tiny_llava(word_processor()).eval()
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    seen = encode(model.model.vision_tower, pixels, torch.device("cpu"))
-    read = VLM(model).features(SimpleNamespace(pixel_values=normalised(pixels), image_inputs={}))
-    torch.testing.assert_close(seen, read)
-    projected = model.model.multi_modal_projector(seen)
+    encoded = encode(model.model.vision_tower, pixels, torch.device("cpu"))
+    expected = VLM(model).features(SimpleNamespace(pixel_values=normalised(pixels), image_inputs={}))
+    torch.testing.assert_close(encoded, expected)
+    projected = model.model.multi_modal_projector(encoded)
     stock = model.get_image_features(pixel_values=normalised(pixels), return_dict=True).pooler_output
     torch.testing.assert_close(torch.stack(list(stock)), projected)
 

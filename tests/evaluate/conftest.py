@@ -48,7 +48,7 @@ def samples(dataset: Path) -> Samples:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings, data, two teacher candidates and two students, as earlier stages leave them.
 
-    The references of `val` and of `test` are what the model `base` answers, except where it says nothing: so `base`, and the
+    The references of `val` and of `test` are what the model `base` answers, except where that is empty: so `base`, and the
     student `sft`, which is the same model, are right (nearly) everywhere, and the others hardly anywhere.
     """
     root = tmp_path_factory.mktemp("workplace")
@@ -60,15 +60,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(base, STUDENTS / "sft/model")
         shutil.copytree(small, STUDENTS / "kd/model")
         tiny.save_dataset(DATASET, images=8)
-        shown = load(base, "cpu")
-        said: dict[str, str] = {}
+        loaded_base = load(base, "cpu")
+        references: dict[str, str] = {}
         for split in ("val", "test"):
             split_samples = Samples(DATASET, split)
             rows = questions(split_samples)
-            given = answers(shown, split_samples, rows, Template(""), 64, load_settings().evaluate, "references")
-            said.update((split_samples[row].id, answer) for row, answer in zip(rows, given, strict=True) if answer)
+            predicted = answers(loaded_base, split_samples, rows, Template(""), 64, load_settings().evaluate, "references")
+            references.update((split_samples[row].id, answer) for row, answer in zip(rows, predicted, strict=True) if answer)
         shutil.rmtree(DATASET)
-        tiny.save_dataset(DATASET, images=8, references=said)
+        tiny.save_dataset(DATASET, images=8, references=references)
         teachers = {path.name: record(path, "teacher", "embedded", None, visual_tokens=16) for path in (base, small)}
         ModelIndex(teachers=teachers, students={}).write(MODELS / "index.json")
         TeacherChoice(name="small", path=small.as_posix(), sha256="0" * 64).write(TEACHER / "choice.json")
@@ -85,7 +85,7 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 class Tracked:
-    """What a stage told the tracker."""
+    """The tracker's calls of one stage."""
 
     def __init__(self) -> None:
         self.stage: tuple[str, str | None] | None = None
@@ -111,13 +111,13 @@ class Tracked:
 
 @pytest.fixture
 def tracked(monkeypatch: pytest.MonkeyPatch) -> Tracked:
-    """The tracker's place taken by a list of what it is told: these tests are not about MLflow."""
-    seen = Tracked()
+    """A stub of the tracker that records its calls: these tests are not about MLflow."""
+    tracker = Tracked()
 
     @contextmanager
     def stage_run(stage: str, cell: str | None = None, *, runtime: object, params: dict[str, Any]) -> Iterator[Tracked]:
-        seen.stage, seen.params = (stage, cell), params
-        yield seen
+        tracker.stage, tracker.params = (stage, cell), params
+        yield tracker
 
     monkeypatch.setattr("components.tracking.stage_run.stage_run", stage_run)
-    return seen
+    return tracker

@@ -124,14 +124,14 @@ def _row(index: int, per_image: int, rng: np.random.Generator) -> ImageRow:
 
 
 def _answers(row: ImageRow, rate: float, arm: str, rng: np.random.Generator) -> list[Prediction]:
-    found = []
+    predictions = []
     for id_, kind, turns in row.samples:
         reference = turns[0].answer
         hard = 0.15 if kind in ("where", "count_colour") else -0.03
         shared = np.random.default_rng(zlib.crc32(id_.encode())).random()  # arms err on the same questions, mostly
         right = 0.75 * shared + 0.25 * rng.random() < rate - hard
         wrong = {"yes": "no", "no": "yes"}.get(reference, "six" if reference != "six" else "two")
-        found.append(
+        predictions.append(
             Prediction(
                 id=id_,
                 image_id=row.image_id,
@@ -142,7 +142,7 @@ def _answers(row: ImageRow, rate: float, arm: str, rng: np.random.Generator) -> 
                 correct=bool(right),
             )
         )
-    return found
+    return predictions
 
 
 def _losses(arm: str, rng: np.random.Generator) -> list[dict[str, float]]:

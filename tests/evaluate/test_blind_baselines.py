@@ -54,16 +54,16 @@ def test_twins_are_found_by_pixels_and_by_look(tmp_path: Path) -> None:
         row("new", encoded(picture(99)), "What is it?"),
         row("text", None, "What is it?"),
     ]
-    found = contamination(*split_of(tmp_path, test, train), "test")
-    assert (found.images, found.train_images, found.questions) == (3, 4, 5)
-    assert (found.exact, found.near) == (1, 1)
-    assert [(pair.test, pair.train, pair.exact) for pair in found.pairs] == [
+    report = contamination(*split_of(tmp_path, test, train), "test")
+    assert (report.images, report.train_images, report.questions) == (3, 4, 5)
+    assert (report.exact, report.near) == (1, 1)
+    assert [(pair.test, pair.train, pair.exact) for pair in report.pairs] == [
         ("recoded", "train0", True),
         ("smaller", "train1", False),
     ]
-    assert found.pairs[0].bits == 0 and found.pairs[1].bits <= NEAR
-    assert found.verbatim == 2  # "What is it?" of recoded, "only 1?" of smaller
-    assert found.questions_in_training == 4  # all but "Is it new?"
+    assert report.pairs[0].bits == 0 and report.pairs[1].bits <= NEAR
+    assert report.verbatim == 2  # "What is it?" of recoded, "only 1?" of smaller
+    assert report.questions_in_training == 4  # all but "Is it new?"
 
 
 @pytest.mark.parametrize(("edit", "colours"), [(blank, 1), (blurred, 9)])
@@ -72,24 +72,24 @@ def test_edited_images_have_the_size_of_those_that_they_replace(
 ) -> None:
     edited = edited_images(samples, edit)
     assert len(edited) == len(samples)
-    for seen, hidden in zip(samples, (edited[i] for i in range(len(edited))), strict=True):
-        assert (hidden.id, hidden.kind, hidden.turns) == (seen.id, seen.kind, seen.turns)
-        assert seen.image is not None and hidden.image is not None
-        with Image.open(io.BytesIO(hidden.image)) as shown, Image.open(io.BytesIO(seen.image)) as was:
-            assert shown.size == was.size and 1 <= len(set(shown.getdata())) <= colours
+    for original, edit_of in zip(samples, (edited[i] for i in range(len(edited))), strict=True):
+        assert (edit_of.id, edit_of.kind, edit_of.turns) == (original.id, original.kind, original.turns)
+        assert original.image is not None and edit_of.image is not None
+        with Image.open(io.BytesIO(edit_of.image)) as edited_image, Image.open(io.BytesIO(original.image)) as original_image:
+            assert edited_image.size == original_image.size and 1 <= len(set(edited_image.getdata())) <= colours
 
 
 def test_another_image_is_never_the_question_s_own(samples: Samples) -> None:
     other = other_images(samples)
     assert len(other) == len(samples)
-    for seen, exchanged in zip(samples, (other[i] for i in range(len(other))), strict=True):
-        assert (exchanged.id, exchanged.turns) == (seen.id, seen.turns)
-        assert exchanged.image_id != seen.image_id and exchanged.image != seen.image
+    for original, exchanged in zip(samples, (other[i] for i in range(len(other))), strict=True):
+        assert (exchanged.id, exchanged.turns) == (original.id, original.turns)
+        assert exchanged.image_id != original.image_id and exchanged.image != original.image
 
 
 def test_majority_says_the_most_frequent_reference_of_the_kind(tmp_path: Path) -> None:
     turns = [("a", "x"), ("a", "y"), ("a", "Y."), ("b", "no"), ("b", "yes")]
-    rows = [ImageRow(f"i{i}", None, ((f"s{i}", kind, (Turn("q", said),)),)) for i, (kind, said) in enumerate(turns)]
+    rows = [ImageRow(f"i{i}", None, ((f"s{i}", kind, (Turn("q", reference),)),)) for i, (kind, reference) in enumerate(turns)]
     test, _ = split_of(tmp_path, rows, rows)
     assert majority(test, range(5)) == ["y", "y", "y", "no", "no"]
 
@@ -100,24 +100,24 @@ def test_a_model_that_looks_loses_without_its_image(workplace: Path) -> None:
     manifest["splits"]["train"] = manifest["splits"]["val"]
     (DATASET / "manifest.json").write_text(json.dumps(manifest))
     (DATASET / "val").rename(DATASET / "train")
-    found = measure([("base", MODELS / "teachers/base")], load_settings())
-    figures = found.models["base"]
+    report = measure([("base", MODELS / "teachers/base")], load_settings())
+    figures = report.models["base"]
     assert figures.seeing > 0.9 and figures.blank < figures.seeing and figures.other < figures.seeing
-    assert set(figures.blank_per_kind) == set(found.majority_per_kind) == {"digit_at", "exist", "exist_at", "list"}
-    assert figures.need_per_kind.keys() == found.majority_per_kind.keys()
+    assert set(figures.blank_per_kind) == set(report.majority_per_kind) == {"digit_at", "exist", "exist_at", "list"}
+    assert figures.need_per_kind.keys() == report.majority_per_kind.keys()
     assert max(figures.need_per_kind.values()) > 0.1, "some kinds are not answered from a blurred image"
-    assert found.contamination.exact == 0
-    text = markdown(found)
+    assert report.contamination.exact == 0
+    text = markdown(report)
     assert (
         f"{100 * figures.seeing:.1f} / {100 * figures.blank:.1f} / {100 * figures.other:.1f}" in text
         and "Is the test in the training data?" in text
     )
-    assert [path.name for path in blind_baselines.write(found)] == ["controls.json", "controls.md", "controls.html"]
+    assert [path.name for path in blind_baselines.write(report)] == ["controls.json", "controls.md", "controls.html"]
     html = (REPORTS / "controls.html").read_text()
     assert all(
         f"<td>{cell}</td>" in html
-        for shown in (blind_baselines.score_table, blind_baselines.need_table)
-        for row in shown(found)[1]
+        for table_of in (blind_baselines.score_table, blind_baselines.need_table)
+        for row in table_of(report)[1]
         for cell in row[1:]
     )
 
@@ -128,5 +128,5 @@ def test_an_unknown_arm_is_named(name: str, workplace: Path) -> None:
 
     from components.cli import app
 
-    done = CliRunner().invoke(app, ["controls", "--arm", name])
-    assert done.exit_code != 0 and f"no arm {name!r}" in str(done.exception)
+    result = CliRunner().invoke(app, ["controls", "--arm", name])
+    assert result.exit_code != 0 and f"no arm {name!r}" in str(result.exception)

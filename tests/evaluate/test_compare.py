@@ -132,8 +132,8 @@ def test_paired_interval_is_narrower_than_two_apart(comparison: Comparison) -> N
 def test_questions_about_one_image_count_as_one_draw(outcomes: Outcomes) -> None:
     """An arm that is right or wrong on whole images has the interval of 120 images, not that of 480 questions."""
     image_of = {p.image_id: index for index, p in enumerate(outcomes.predictions["sft"][::4])}
-    whole = [p.model_copy(update={"correct": image_of[p.image_id] % 2 == 0}) for p in outcomes.predictions["sft"]]
-    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "sft": whole}), SETTINGS, STUDY)
+    by_image = [p.model_copy(update={"correct": image_of[p.image_id] % 2 == 0}) for p in outcomes.predictions["sft"]]
+    comparison = compare(replace(outcomes, predictions={**outcomes.predictions, "sft": by_image}), SETTINGS, STUDY)
     low, high = comparison.arms["sft"].ci95
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 120) ** 0.5, rel=0.1)
 
@@ -169,10 +169,10 @@ def test_headline_claims_exactly_what_the_intervals_say(comparison: Comparison) 
     assert comparison.arms[best].exact_match > comparison.arms[second].exact_match
 
     def words(beyond: list[str], adjusted: list[str] | None = None) -> str:
-        said = {arm: (0.01, 0.02) if arm in beyond else (-0.01, 0.02) for arm in comparison.order}
+        intervals = {arm: (0.01, 0.02) if arm in beyond else (-0.01, 0.02) for arm in comparison.order}
         holm = {arm: 0.01 if arm in (beyond if adjusted is None else adjusted) else 1.0 for arm in comparison.order}
         pairs = [
-            p.model_copy(update={"ci95": said[p.against], "p_holm": holm[p.against]}) if p.arm == best else p
+            p.model_copy(update={"ci95": intervals[p.against], "p_holm": holm[p.against]}) if p.arm == best else p
             for p in comparison.pairs
         ]
         contrast = comparison.exact_match.model_copy(update={"pairs": pairs})
@@ -200,9 +200,9 @@ def test_arms_that_tie_share_the_headline(outcomes: Outcomes) -> None:
 
 
 def test_standing_gives_every_arm_its_interval(comparison: Comparison) -> None:
-    found = re.findall(r"(\w+) ([\d.]+)% \(([\d.]+) to ([\d.]+)\)", comparison.standing)
-    assert [name for name, *_ in found] == [*comparison.order, "has"]
-    for (_, *numbers), result in zip(found, [*(comparison.arms[a] for a in comparison.order), comparison.teacher], strict=True):
+    cells = re.findall(r"(\w+) ([\d.]+)% \(([\d.]+) to ([\d.]+)\)", comparison.standing)
+    assert [name for name, *_ in cells] == [*comparison.order, "has"]
+    for (_, *numbers), result in zip(cells, [*(comparison.arms[a] for a in comparison.order), comparison.teacher], strict=True):
         assert [float(n) for n in numbers] == [round(100 * v, 1) for v in (result.exact_match, *result.ci95)]
 
 
@@ -230,20 +230,20 @@ def test_the_order_of_lines_does_not_matter(outcomes: Outcomes, comparison: Comp
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda found: found[1:], "kd and the teacher were scored on different samples .1 differ, first 'image-0-0'"),
-        (lambda found: [*found[:-1], found[-1].model_copy(update={"id": "other"})], "different samples .2 differ"),
-        (lambda found: [found[0].model_copy(update={"reference": "other"}), *found[1:]], "different samples .1 differ"),
-        (lambda found: [*found, found[0]], "'image-0-0' is scored more than once"),
+        (lambda rows: rows[1:], "kd and the teacher were scored on different samples .1 differ, first 'image-0-0'"),
+        (lambda rows: [*rows[:-1], rows[-1].model_copy(update={"id": "other"})], "different samples .2 differ"),
+        (lambda rows: [rows[0].model_copy(update={"reference": "other"}), *rows[1:]], "different samples .1 differ"),
+        (lambda rows: [*rows, rows[0]], "'image-0-0' is scored more than once"),
     ],
 )
 def test_arms_scored_on_different_samples_are_refused(study: Path, spoil, message: str) -> None:
-    kept = predictions("kd")
-    write_scores(Path(), "kd", spoil(kept))
+    original = predictions("kd")
+    write_scores(Path(), "kd", spoil(original))
     try:
         with pytest.raises(DataError, match=message):
             read(ARMS)
     finally:
-        write_scores(Path(), "kd", kept)
+        write_scores(Path(), "kd", original)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_arms_scored_on_different_samples_are_refused(study: Path, spoil, messag
     ],
 )
 def test_missing_and_broken_files_are_named(study: Path, path: str, content: str | None, message: str) -> None:
-    kept = Path(path).read_text(encoding="utf-8")
+    original = Path(path).read_text(encoding="utf-8")
     try:
         if content is None:
             Path(path).unlink()
@@ -266,7 +266,7 @@ def test_missing_and_broken_files_are_named(study: Path, path: str, content: str
         with pytest.raises(DataError, match=message):
             read(ARMS)
     finally:
-        Path(path).write_text(kept, encoding="utf-8")
+        Path(path).write_text(original, encoding="utf-8")
 
 
 def test_an_arm_measured_otherwise_is_marked_and_compares_with_nothing(outcomes: Outcomes) -> None:
@@ -284,11 +284,11 @@ def test_an_arm_measured_otherwise_is_marked_and_compares_with_nothing(outcomes:
 
 
 def test_noise_is_what_the_intervals_say(comparison: Comparison) -> None:
-    for found in (comparison.exact_match, *comparison.measures.values()):
-        widths = sorted((pair.ci95[1] - pair.ci95[0]) / 2 for pair in found.pairs)
-        assert found.noise is not None and found.detectable is not None
-        assert found.noise == pytest.approx(widths[len(widths) // 2])
-        assert found.detectable / found.noise == pytest.approx((1.96 + 0.8416) / 1.96, rel=1e-3)
+    for contrast in (comparison.exact_match, *comparison.measures.values()):
+        widths = sorted((pair.ci95[1] - pair.ci95[0]) / 2 for pair in contrast.pairs)
+        assert contrast.noise is not None and contrast.detectable is not None
+        assert contrast.noise == pytest.approx(widths[len(widths) // 2])
+        assert contrast.detectable / contrast.noise == pytest.approx((1.96 + 0.8416) / 1.96, rel=1e-3)
 
 
 def test_yes_no_questions_have_a_mcnemar_of_their_own(outcomes: Outcomes, comparison: Comparison) -> None:
@@ -305,33 +305,33 @@ def repeated(arms: Iterable[str], of: str) -> dict[str, Arm]:
 
 def test_arms_that_differ_in_their_seed_alone_are_one_arm(outcomes: Outcomes, comparison: Comparison) -> None:
     study = repeated(["kd", "kd_tpa"], of="sft")
-    alone = {arm: [arm] for arm in ("kd_uniform", "kd_iva", "align_ti")}
-    assert runs_by_arm(study, ARMS) == {"sft": ["sft", "kd", "kd_tpa"], **alone}
-    found = compare(outcomes, SETTINGS, study)
-    assert sorted(found.order) == sorted(["sft", "kd_uniform", "kd_iva", "align_ti"]) and len(found.pairs) == 6
-    sft = found.arms["sft"]
+    single_runs = {arm: [arm] for arm in ("kd_uniform", "kd_iva", "align_ti")}
+    assert runs_by_arm(study, ARMS) == {"sft": ["sft", "kd", "kd_tpa"], **single_runs}
+    merged = compare(outcomes, SETTINGS, study)
+    assert sorted(merged.order) == sorted(["sft", "kd_uniform", "kd_iva", "align_ti"]) and len(merged.pairs) == 6
+    sft = merged.arms["sft"]
     runs = {arm: comparison.arms[arm].exact_match for arm in ("sft", "kd", "kd_tpa")}
     assert sft.runs == pytest.approx(runs)
     assert sft.exact_match == pytest.approx(fmean(runs.values()))
-    assert found.exact_match.spread == pytest.approx(stdev(runs.values()))
+    assert merged.exact_match.spread == pytest.approx(stdev(runs.values()))
     assert sft.train_seconds == pytest.approx(fmean(comparison.arms[arm].train_seconds for arm in runs))
     assert sft.measures["nats_per_token"].value == pytest.approx(
         fmean(comparison.arms[arm].measures["nats_per_token"].value for arm in runs)
     )
     assert sft.yes_no["all"].accuracy == pytest.approx(fmean(comparison.arms[arm].yes_no["all"].accuracy for arm in runs))
-    assert {pair.p_mcnemar for pair in found.pairs if "sft" in (pair.arm, pair.against)} == {None}
-    assert found.repeated and not comparison.repeated
+    assert {pair.p_mcnemar for pair in merged.pairs if "sft" in (pair.arm, pair.against)} == {None}
+    assert merged.repeated and not comparison.repeated
 
 
 def test_the_seeds_spread_widens_every_arms_interval_and_not_the_teachers(outcomes: Outcomes, comparison: Comparison) -> None:
-    found = compare(outcomes, SETTINGS, repeated(["kd", "kd_tpa"], of="sft"))
+    merged = compare(outcomes, SETTINGS, repeated(["kd", "kd_tpa"], of="sft"))
     for arm in ("align_ti", "kd_iva"):  # of one seed each: what a seed does is taken from the arm that has three
-        low, high = found.arms[arm].ci95
-        before = comparison.arms[arm].ci95
-        assert high - low > before[1] - before[0]
-    assert found.teacher == comparison.teacher
-    assert found.exact_match.detectable is not None and comparison.exact_match.detectable is not None
-    assert found.exact_match.detectable > comparison.exact_match.detectable
+        low, high = merged.arms[arm].ci95
+        previous = comparison.arms[arm].ci95
+        assert high - low > previous[1] - previous[0]
+    assert merged.teacher == comparison.teacher
+    assert merged.exact_match.detectable is not None and comparison.exact_match.detectable is not None
+    assert merged.exact_match.detectable > comparison.exact_match.detectable
 
 
 def test_the_headline_says_first_what_can_be_told_apart(outcomes: Outcomes, comparison: Comparison) -> None:
@@ -356,7 +356,7 @@ def test_other_measures_are_those_of_the_evaluation(comparison: Comparison) -> N
         forced = [Likelihood.model_validate_json(line) for line in (SCORES / arm / "likelihoods.jsonl").open()]
         assert estimates["nats_per_token"].value == pytest.approx(nats_per_token(forced))
         assert estimates["kl_per_token"].value == pytest.approx(kl_per_token(forced))
-        assert all(found.ci95[0] < found.value < found.ci95[1] for found in estimates.values())
+        assert all(estimate.ci95[0] < estimate.value < estimate.ci95[1] for estimate in estimates.values())
     assert comparison.teacher.measures["kl_per_token"].value == 0
 
 
@@ -364,8 +364,8 @@ def test_other_measures_are_paired_in_the_order_of_exact_match(comparison: Compa
     for measure, contrast in comparison.measures.items():
         assert [(p.arm, p.against) for p in contrast.pairs] == [(p.arm, p.against) for p in comparison.pairs]
         for pair in contrast.pairs:
-            one, other = (comparison.arms[arm].measures[measure] for arm in (pair.arm, pair.against))
-            assert pair.difference == pytest.approx(one.value - other.value)
+            left, right = (comparison.arms[arm].measures[measure] for arm in (pair.arm, pair.against))
+            assert pair.difference == pytest.approx(left.value - right.value)
             assert pair.ci95[0] < pair.difference < pair.ci95[1]
     lead = next(p for p in comparison.measures["nats_per_token"].pairs if {p.arm, p.against} == {"align_ti", "sft"})
     assert lead.larger_than_noise and lead.difference < 0
@@ -380,11 +380,11 @@ def test_other_measures_are_paired_in_the_order_of_exact_match(comparison: Compa
 )
 def test_likelihoods_of_another_evaluation_are_refused(study: Path, spoil, message: str) -> None:
     path = SCORES / "kd" / "likelihoods.jsonl"
-    kept = path.read_text(encoding="utf-8")
-    lines = [Likelihood.model_validate_json(line) for line in kept.splitlines()]
+    original = path.read_text(encoding="utf-8")
+    lines = [Likelihood.model_validate_json(line) for line in original.splitlines()]
     try:
         io.write_text(path, jsonl(spoil(lines)))
         with pytest.raises(DataError, match=rf"kd/likelihoods.jsonl .*{message}"):
             read(ARMS)
     finally:
-        path.write_text(kept, encoding="utf-8")
+        path.write_text(original, encoding="utf-8")

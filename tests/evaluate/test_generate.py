@@ -24,12 +24,12 @@ TEMPLATE = Template("")
 NEW_TOKENS = 6
 
 
-def asking(batch_size: int, max_new_tokens: int = NEW_TOKENS) -> EvaluateSettings:
+def settings(batch_size: int, max_new_tokens: int = NEW_TOKENS) -> EvaluateSettings:
     return load_settings().evaluate.model_copy(update={"batch_size": batch_size, "max_new_tokens": max_new_tokens})
 
 
-def ask(loaded: Loaded, samples: Samples, rows: list[int], batch_size: int, max_new_tokens: int = NEW_TOKENS) -> list[str]:
-    return answers(loaded, samples, rows, TEMPLATE, 64, asking(batch_size, max_new_tokens), "tests")
+def generate(loaded: Loaded, samples: Samples, rows: list[int], batch_size: int, max_new_tokens: int = NEW_TOKENS) -> list[str]:
+    return answers(loaded, samples, rows, TEMPLATE, 64, settings(batch_size, max_new_tokens), "tests")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def rows(samples: Samples) -> list[int]:
 
 @pytest.fixture(scope="module")
 def one_by_one(loaded: Loaded, samples: Samples, rows: list[int]) -> list[str]:
-    return ask(loaded, samples, rows, batch_size=1)
+    return generate(loaded, samples, rows, batch_size=1)
 
 
 def test_captions_are_not_asked(samples: Samples) -> None:
@@ -65,7 +65,7 @@ def test_captions_alone_are_nothing_to_score() -> None:
 def test_batched_answers_equal_answers_one_by_one(
     loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str], batch_size: int
 ) -> None:
-    assert ask(loaded, samples, rows, batch_size) == one_by_one
+    assert generate(loaded, samples, rows, batch_size) == one_by_one
 
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
@@ -73,7 +73,7 @@ def test_questions_without_an_image_are_answered_alone_as_beside_others(family: 
     """Whatever the family: a batch may hold no image at all."""
     loaded = load(toy.folder(family), "cpu")
     alone, together = (
-        answers(loaded, toy.SAMPLES, rows, TEMPLATE, 400, asking(size, 3), "tests") for rows, size in (([1], 1), ([1, 2], 2))
+        answers(loaded, toy.SAMPLES, rows, TEMPLATE, 400, settings(size, 3), "tests") for rows, size in (([1], 1), ([1, 2], 2))
     )
     assert alone == together[:1]
 
@@ -102,43 +102,43 @@ def test_answers_differ_between_images_and_between_questions(samples: Samples, r
     by_kind: dict[str, set[str]] = {}
     for row, answer in zip(rows, one_by_one, strict=True):
         by_kind.setdefault(samples[row].kind, set()).add(answer)
-    assert min(len(found) for found in by_kind.values()) > 1
+    assert min(len(distinct) for distinct in by_kind.values()) > 1
     assert len(set(one_by_one)) > len(one_by_one) / 2
 
 
 def test_generation_stops_at_eos_and_leaves_no_special_token(loaded: Loaded, samples: Samples, rows: list[int]) -> None:
     """The head is made to prefer EOS: answers are then shorter than the limit, also beside longer ones in their batch."""
     head = loaded.model.get_output_embeddings().weight
-    kept = head.detach().clone()
+    original = head.detach().clone()
     tokenizer = loaded.processor.tokenizer
     with torch.no_grad():
         head[tokenizer.eos_token_id] *= 3
     try:
-        found = ask(loaded, samples, rows, batch_size=32)
-        assert found[:16] == [plainly(loaded, samples, row) for row in rows[:16]]
+        generated = generate(loaded, samples, rows, batch_size=32)
+        assert generated[:16] == [plainly(loaded, samples, row) for row in rows[:16]]
     finally:
         with torch.no_grad():
-            head.copy_(kept)
-    lengths = {len(tokenizer.tokenize(answer)) for answer in found}
+            head.copy_(original)
+    lengths = {len(tokenizer.tokenize(answer)) for answer in generated}
     assert min(lengths) < max(lengths) <= NEW_TOKENS
-    assert not any(token in answer for token in tokenizer.all_special_tokens for answer in found)
+    assert not any(token in answer for token in tokenizer.all_special_tokens for answer in generated)
 
 
 def test_an_answer_is_cut_at_the_limit(loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str]) -> None:
-    short = ask(loaded, samples, rows, batch_size=8, max_new_tokens=2)
+    short = generate(loaded, samples, rows, batch_size=8, max_new_tokens=2)
     assert all(long.startswith(cut) for cut, long in zip(short, one_by_one, strict=True)) and short != one_by_one
 
 
 def test_a_checkpoints_own_sampling_settings_stand_aside(
     loaded: Loaded, samples: Samples, rows: list[int], one_by_one: list[str]
 ) -> None:
-    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=2, max_length=3)
-    before, loaded.model.generation_config = loaded.model.generation_config, own
+    sampling = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=2, max_length=3)
+    original, loaded.model.generation_config = loaded.model.generation_config, sampling
     try:
-        assert ask(loaded, samples, rows, batch_size=8) == one_by_one
-        assert loaded.model.generation_config is own
+        assert generate(loaded, samples, rows, batch_size=8) == one_by_one
+        assert loaded.model.generation_config is sampling
     finally:
-        loaded.model.generation_config = before
+        loaded.model.generation_config = original
 
 
 def test_nothing_warns(loaded: Loaded, samples: Samples, rows: list[int], caplog: pytest.LogCaptureFixture) -> None:
@@ -147,7 +147,7 @@ def test_nothing_warns(loaded: Loaded, samples: Samples, rows: list[int], caplog
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ask(loaded, samples, rows, batch_size=8)
+            generate(loaded, samples, rows, batch_size=8)
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
@@ -155,4 +155,4 @@ def test_nothing_warns(loaded: Loaded, samples: Samples, rows: list[int], caplog
 
 def test_a_prompt_that_is_too_long_is_named(loaded: Loaded, samples: Samples, rows: list[int]) -> None:
     with pytest.raises(DataError, match=r"test\d+-exist_at.*max_length is 26"):
-        answers(loaded, samples, rows, TEMPLATE, 26, asking(4), "tests")
+        answers(loaded, samples, rows, TEMPLATE, 26, settings(4), "tests")

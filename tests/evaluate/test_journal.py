@@ -36,13 +36,13 @@ def test_wherever_the_file_is_cut_whole_lines_are_kept_and_writing_goes_on(
     size = min(cut, ends[-1])
     with path.open("r+b") as file:
         file.truncate(size)
-    whole = sum(end <= size for end in ends) - 1
+    complete = sum(end <= size for end in ends) - 1
     expected: dict[str, str] = {}
-    for batch in batches[:whole]:
+    for batch in batches[:complete]:
         expected |= batch
-    again = Journal(path)
-    assert again.answers == expected
-    again.add({"more": "\u2028 line\nbreaks"})
+    reopened = Journal(path)
+    assert reopened.answers == expected
+    reopened.add({"more": "\u2028 line\nbreaks"})
     assert Journal(path).answers == expected | {"more": "\u2028 line\nbreaks"}
 
 
@@ -56,9 +56,9 @@ def test_what_is_behind_a_damaged_line_is_asked_for_again(damage: bytes, tmp_pat
 def test_only_what_was_not_answered_is_generated(
     loaded: Loaded, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = load_settings(Path(__file__).parents[2]).evaluate.model_copy(update={"batch_size": 5, "max_new_tokens": 6})
+    evaluate = load_settings(Path(__file__).parents[2]).evaluate.model_copy(update={"batch_size": 5, "max_new_tokens": 6})
     rows = questions(samples)
-    whole = answers(loaded, samples, rows, Template(""), 64, asked, "tests")
+    uninterrupted = answers(loaded, samples, rows, Template(""), 64, evaluate, "tests")
     calls = 0
     generated = loaded.model.generate
 
@@ -72,10 +72,10 @@ def test_only_what_was_not_answered_is_generated(
     monkeypatch.setattr(loaded.model, "generate", killed)
     path = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        answers(loaded, samples, rows, Template(""), 64, asked, "tests", Journal(path))
+        answers(loaded, samples, rows, Template(""), 64, evaluate, "tests", Journal(path))
     assert len(Journal(path).answers) == 15
-    resumed = answers(loaded, samples, rows, Template(""), 64, asked, "tests", Journal(path))
-    assert resumed == whole
+    resumed = answers(loaded, samples, rows, Template(""), 64, evaluate, "tests", Journal(path))
+    assert resumed == uninterrupted
     assert calls == 4 + 4  # 32 questions are 7 batches: three done, one killed, four to go
 
 
@@ -87,12 +87,12 @@ def test_the_killed_stage_goes_on_to_the_same_bytes(workplace: Path, tracked: Tr
     expected = {file.name: file.read_bytes() for file in (SCORES / "kd").iterdir()}
     assert not list((RUNS / "evaluate/kd").glob("*.jsonl"))  # nothing is left to go on from
     real = generate.Collator.__call__
-    seen: list[int] = []
+    batches: list[int] = []
 
     def counting(self: generate.Collator, batch: list[object]) -> object:
         if not self.train:  # questions, and not references
-            seen.append(len(batch))
-        if len(seen) == 3:
+            batches.append(len(batch))
+        if len(batches) == 3:
             raise KeyboardInterrupt
         return real(self, batch)  # type: ignore[arg-type]
 
@@ -100,5 +100,5 @@ def test_the_killed_stage_goes_on_to_the_same_bytes(workplace: Path, tracked: Tr
     with pytest.raises(KeyboardInterrupt):
         main()
     main()
-    assert seen == [10, 10, 10, 10, 2]
+    assert batches == [10, 10, 10, 10, 2]
     assert {file.name: file.read_bytes() for file in (SCORES / "kd").iterdir()} == expected

@@ -109,26 +109,26 @@ def test_what_was_not_measured_is_a_dash(board: Leaderboard, finished: Finished)
     assert "not measured: `alignti leaderboard --measure` does" in markdown(board)
     _, comparison, study = finished
     timed = build(comparison, INDEX, TEACHER, study, SpeedReport(questions=250, models={"teacher": SPEED, "kd": SPEED}))
-    shown = {row.name: list(cells(row, timed.noise).values())[-3:] for row in timed.rows if row.ours}
-    assert shown["teacher"] == shown["kd"] == ["512", "12.3", "6"]
-    assert shown["sft"] == ["\N{EN DASH}"] * 3
+    speed_cells = {row.name: list(cells(row, timed.noise).values())[-3:] for row in timed.rows if row.ours}
+    assert speed_cells["teacher"] == speed_cells["kd"] == ["512", "12.3", "6"]
+    assert speed_cells["sft"] == ["\N{EN DASH}"] * 3
     assert "250 questions to each model in one run on cpu" in markdown(timed)
 
 
 def test_a_kit_s_scores_stand_in_the_paper_s_columns(board: Leaderboard, finished: Finished) -> None:
     _, comparison, study = finished
-    told = {
+    kit = {
         "GQA_TestDev_Balanced/Overall": 51.2,
         "POPE, blank images/Overall/Overall": 50,
         "MME (file 0, not the kit's)/perception": 9,
     }
-    partly = build(comparison, INDEX, TEACHER, study, None, {"kd": told})
+    partly = build(comparison, INDEX, TEACHER, study, None, {"kd": kit})
     row = next(r for r in partly.rows if r.ours and r.name == "kd")
     assert row.scores["gqa"] == 51.2 and row.scores["pope"] is row.scores["mme"] is row.average is None
     assert KIT_NOTE in partly.notes and KIT_NOTE not in board.notes
-    told |= {"ScienceQA_TEST/test/Overall": 0.5, "TextVQA_VAL/Overall": 40, "POPE/Overall/Overall": 80, "POPE/Overall/acc": 70}
-    told |= {"MME/perception": 1000, "MME/cognition": 200, "MMBench_DEV_EN/dev/Overall": 0.25}
-    row = next(r for r in build(comparison, INDEX, TEACHER, study, None, {"kd": told}).rows if r.ours and r.name == "kd")
+    kit |= {"ScienceQA_TEST/test/Overall": 0.5, "TextVQA_VAL/Overall": 40, "POPE/Overall/Overall": 80, "POPE/Overall/acc": 70}
+    kit |= {"MME/perception": 1000, "MME/cognition": 200, "MMBench_DEV_EN/dev/Overall": 0.25}
+    row = next(r for r in build(comparison, INDEX, TEACHER, study, None, {"kd": kit}).rows if r.ours and r.name == "kd")
     assert list(row.scores.values()) == [51.2, 50, 40, 80, 50, 25] and row.average == pytest.approx(296.2 / 6)
 
 
@@ -146,8 +146,8 @@ def test_every_format_holds_every_row(board: Leaderboard) -> None:
     lines = list(csv.DictReader(paths[1].open()))
     assert [line["name"] for line in lines] == [row.name for row in board.rows]
     assert lines[0]["memory_mib"] == lines[-1]["own"] == ""
-    (ours, _, mine), (_, header, others) = sections(board)
-    assert board.own_questions in ours and (len(mine), len(others)) == (1 + len(ARMS), 18)
+    (ours, _, own_rows), (_, header, published) = sections(board)
+    assert board.own_questions in ours and (len(own_rows), len(published)) == (1 + len(ARMS), 18)
     assert "exact match, %" not in header and "average" in header, "a half has no column that it leaves empty"
     html = page(board)
     assert html.count('<tr class="ours') == 1 + len(ARMS)

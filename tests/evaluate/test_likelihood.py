@@ -29,25 +29,25 @@ def plainly(loaded: Loaded, sample: Sample) -> tuple[torch.Tensor, torch.Tensor,
     batch = Collator(loaded.processor, Template(""), 999, train=True)([sample])
     labels = batch.input_ids.masked_fill(~batch.response, -100)
     out = loaded.model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, labels=labels)
-    at = batch.response[0].nonzero()[:, 0]
-    return out.logits[0, at - 1].double().log_softmax(-1), batch.input_ids[0, at], float(out.loss)
+    positions = batch.response[0].nonzero()[:, 0]
+    return out.logits[0, positions - 1].double().log_softmax(-1), batch.input_ids[0, positions], float(out.loss)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_nats_and_kl_are_those_of_one_sample_at_a_time(models: tuple[Loaded, Loaded, Samples], batch_size: int) -> None:
     student, teacher, samples = models
     rows = questions(samples)
-    found = likelihoods(student, samples, rows, Template(""), batch_size, "tests", teacher)
-    assert [one.id for one in found] == [samples[row].id for row in rows]
-    for row, one in zip(rows, found, strict=True):
+    forced = likelihoods(student, samples, rows, Template(""), batch_size, "tests", teacher)
+    assert [item.id for item in forced] == [samples[row].id for row in rows]
+    for row, item in zip(rows, forced, strict=True):
         log_q, tokens, loss = plainly(student, samples[row])
         log_p, _, _ = plainly(teacher, samples[row])
-        assert one.tokens == len(tokens)
-        assert one.nats == pytest.approx(loss * len(tokens), rel=1e-4)
-        assert one.nats == pytest.approx(-float(log_q.gather(1, tokens[:, None]).sum()), rel=1e-4)
-        assert one.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-3)
-    assert nats_per_token(found) == pytest.approx(sum(one.nats for one in found) / sum(one.tokens for one in found))
-    assert len({one.tokens for one in found}) > 1, "or a mean over samples would pass for one over tokens"
+        assert item.tokens == len(tokens)
+        assert item.nats == pytest.approx(loss * len(tokens), rel=1e-4)
+        assert item.nats == pytest.approx(-float(log_q.gather(1, tokens[:, None]).sum()), rel=1e-4)
+        assert item.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-3)
+    assert nats_per_token(forced) == pytest.approx(sum(item.nats for item in forced) / sum(item.tokens for item in forced))
+    assert len({item.tokens for item in forced}) > 1, "or a mean over samples would pass for one over tokens"
 
 
 def test_a_model_is_no_distance_from_itself_and_the_teacher_has_none(models: tuple[Loaded, Loaded, Samples]) -> None:
@@ -75,5 +75,5 @@ def test_only_the_first_question_counts(models: tuple[Loaded, Loaded, Samples]) 
 
 
 def test_means_are_over_tokens() -> None:
-    found = [Likelihood(id="a", tokens=1, nats=4.0, kl=1.0), Likelihood(id="b", tokens=3, nats=0.0, kl=0.0)]
-    assert (nats_per_token(found), kl_per_token(found)) == (1.0, 0.25)
+    forced = [Likelihood(id="a", tokens=1, nats=4.0, kl=1.0), Likelihood(id="b", tokens=3, nats=0.0, kl=0.0)]
+    assert (nats_per_token(forced), kl_per_token(forced)) == (1.0, 0.25)

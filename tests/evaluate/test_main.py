@@ -39,13 +39,13 @@ def test_a_student_is_scored_on_every_question_of_the_test_split(
 ) -> None:
     run("sft", monkeypatch)
     predicted, scores = read("sft")
-    asked = [sample for sample in Samples(DATASET, "test") if sample.kind != "caption"]
+    question_samples = [sample for sample in Samples(DATASET, "test") if sample.kind != "caption"]
     assert [(p.id, p.image_id, p.kind, p.question, p.reference) for p in predicted] == [
-        (s.id, s.image_id, s.kind, s.turns[0].question, s.turns[0].answer) for s in asked
+        (s.id, s.image_id, s.kind, s.turns[0].question, s.turns[0].answer) for s in question_samples
     ]
     assert all(p.correct == matches(p.answer, p.reference) for p in predicted)
     forced = read_likelihoods("sft")
-    assert [one.id for one in forced] == [p.id for p in predicted]
+    assert [likelihood.id for likelihood in forced] == [p.id for p in predicted]
     assert scores.nats_per_token == nats_per_token(forced) and scores.kl_per_token == kl_per_token(forced)
     assert scores.kl_per_token is not None and scores.kl_per_token > 0.01  # the teacher is another model
     without = {"fingerprint": None, "nats_per_token": None, "kl_per_token": None}

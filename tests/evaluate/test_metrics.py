@@ -111,12 +111,12 @@ def test_yes_no_equals_the_plain_definition(pairs: list[tuple[str, str]]) -> Non
     meaning = {"yes": 1, "Yes.": 1, "no": 0, "no, it is not": 0}
     tp = fp = fn = right = claimed = 0
     for answer, reference in pairs:
-        said, true = meaning.get(answer), {"yes": 1, "no": 0}[reference]
-        right += said == true
-        claimed += said == 1
-        tp += said == 1 and true == 1
-        fp += said == 1 and true == 0
-        fn += said != 1 and true == 1
+        predicted, true = meaning.get(answer), {"yes": 1, "no": 0}[reference]
+        right += predicted == true
+        claimed += predicted == 1
+        tp += predicted == 1 and true == 1
+        fp += predicted == 1 and true == 0
+        fn += predicted != 1 and true == 1
     precision = tp / (tp + fp) if tp + fp else 0.0
     recall = tp / (tp + fn) if tp + fn else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -136,8 +136,8 @@ def test_yes_no_equals_the_plain_definition(pairs: list[tuple[str, str]]) -> Non
 def test_predictions_hold_what_was_asked_and_said() -> None:
     turns = (Turn("<image>\nwhat is it?", "seven"), Turn("and now?", "eight"))
     sample = Sample("s1", "i1", "digit_at", b"", turns)
-    (found,) = predictions([sample], ["Seven."])
-    assert found == Prediction(
+    (prediction,) = predictions([sample], ["Seven."])
+    assert prediction == Prediction(
         id="s1",
         image_id="i1",
         kind="digit_at",

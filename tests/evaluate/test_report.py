@@ -41,7 +41,7 @@ from tests.evaluate.study import write_study
 @dataclass(frozen=True)
 class Finished:
     root: Path
-    said: str
+    output: str
     settings: Settings
     comparison: Comparison
 
@@ -53,12 +53,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     shutil.copytree(Path(__file__).parents[2] / "params", root / "params")
     settings = load_settings(root)
     write_study(root, images=40, arms={arm: 0.6 + 0.03 * i for i, arm in enumerate(settings.study.arms)})
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.chdir(root)
         patch.setenv("ALIGNTI_TRACKING_URI", "journal")
         stage.main()
-    return Finished(root, said.getvalue(), settings, Comparison.read(root / "reports/compare.json"))
+    return Finished(root, output.getvalue(), settings, Comparison.read(root / "reports/compare.json"))
 
 
 @pytest.fixture
@@ -92,10 +92,10 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        given = {name: value or "" for name, value in attrs}
-        self.fetched += [given[name] for name in ("src", "srcset", "data", "poster", "action") if name in given]
-        self.links += [given["href"]] if "href" in given else []
-        self.ids |= {given["id"]} if "id" in given else set()
+        values = {name: value or "" for name, value in attrs}
+        self.fetched += [values[name] for name in ("src", "srcset", "data", "poster", "action") if name in values]
+        self.links += [values["href"]] if "href" in values else []
+        self.ids |= {values["id"]} if "id" in values else set()
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
@@ -113,20 +113,20 @@ def page(text: str) -> Page:
 
 def test_the_page_fetches_nothing(finished: Finished) -> None:
     text = (finished.root / "reports/report.html").read_text(encoding="utf-8")
-    found = page(text)
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(found.tags)
+    parsed = page(text)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(parsed.tags)
     assert "url(" not in text
     assert "@import" not in text
     assert "http://" not in text
     assert "https://" not in text
-    assert len(found.fetched) >= 2 * 7 + 4
-    for address in found.fetched:
+    assert len(parsed.fetched) >= 2 * 7 + 4
+    for address in parsed.fetched:
         head, _, content = address.partition(";base64,")
         assert head in ("data:image/png", "data:image/jpeg")
         Image.open(io.BytesIO(base64.b64decode(content))).load()
-    assert found.links
+    assert parsed.links
     beside = {f"{command}.html" for command in OTHER_PAGES}
-    assert {link.removeprefix("#") for link in found.links} - beside <= found.ids and beside <= set(found.links)
+    assert {link.removeprefix("#") for link in parsed.links} - beside <= parsed.ids and beside <= set(parsed.links)
 
 
 def test_the_page_says_it_all(finished: Finished) -> None:
@@ -167,8 +167,8 @@ def test_the_page_says_what_it_compares(finished: Finished) -> None:
 def test_the_page_escapes_what_models_and_people_wrote(finished: Finished, outcomes: Outcomes) -> None:
     evil = '<script>alert("x")</script> & <img src=x>'
     spoiled = {
-        arm: [p.model_copy(update={"answer": evil, "question": f"<image>\n{evil}", "reference": evil}) for p in found]
-        for arm, found in outcomes.predictions.items()
+        arm: [p.model_copy(update={"answer": evil, "question": f"<image>\n{evil}", "reference": evil}) for p in predicted]
+        for arm, predicted in outcomes.predictions.items()
     }
     text = rendered(finished, replace(outcomes, predictions=spoiled))
     assert "<script" not in text
@@ -179,11 +179,11 @@ def test_the_page_escapes_what_models_and_people_wrote(finished: Finished, outco
 
 def test_examples_show_right_and_wrong_answers(finished: Finished, outcomes: Outcomes) -> None:
     text = rendered(finished, outcomes)
-    shown = finished.settings.evaluate.examples
-    assert text.count("<article") == shown
-    rows = shown * (1 + len(finished.comparison.order))
+    examples = finished.settings.evaluate.examples
+    assert text.count("<article") == examples
+    rows = examples * (1 + len(finished.comparison.order))
     assert text.count('aria-label="right"') + text.count('aria-label="wrong"') == rows
-    assert min(text.count('aria-label="right"'), text.count('aria-label="wrong"')) >= shown
+    assert min(text.count('aria-label="right"'), text.count('aria-label="wrong"')) >= examples
     assert rendered(finished, outcomes) == text, "the same examples every time"
 
 
@@ -193,12 +193,12 @@ def test_no_disagreement_is_said(finished: Finished, outcomes: Outcomes) -> None
 
 
 def test_disagreements_are_all_those_between_arms_and_kinds_take_turns(outcomes: Outcomes) -> None:
-    found = disagreements(outcomes.predictions, seed=1)
+    divided = disagreements(outcomes.predictions, seed=1)
     arms = [answers for arm, answers in outcomes.predictions.items() if arm != "teacher"]
-    assert sorted(found) == [i for i in range(len(arms[0])) if len({answers[i].correct for answers in arms}) == 2]
-    assert found == disagreements(outcomes.predictions, seed=1)
-    assert found != disagreements(outcomes.predictions, seed=2)
-    kinds = [arms[0][index].kind for index in found]
+    assert sorted(divided) == [i for i in range(len(arms[0])) if len({answers[i].correct for answers in arms}) == 2]
+    assert divided == disagreements(outcomes.predictions, seed=1)
+    assert divided != disagreements(outcomes.predictions, seed=2)
+    kinds = [arms[0][index].kind for index in divided]
     assert len(set(kinds[: len(set(kinds))])) == len(set(kinds))
 
 
@@ -206,13 +206,13 @@ def test_disagreements_are_all_those_between_arms_and_kinds_take_turns(outcomes:
     "path", ["reports/teacher/quality_cost.png", "reports/teacher/candidates.json", "artifacts/dataset/contact_sheet.png"]
 )
 def test_a_missing_part_is_named(finished: Finished, outcomes: Outcomes, path: str) -> None:
-    kept = Path(path).read_bytes()
+    original = Path(path).read_bytes()
     Path(path).unlink()
     try:
         with pytest.raises(DataError, match=f"{path} is missing; `dvc repro`"):
             rendered(finished, outcomes)
     finally:
-        Path(path).write_bytes(kept)
+        Path(path).write_bytes(original)
 
 
 def test_markdown_is_one_table_of_arms_and_measures(finished: Finished) -> None:
@@ -274,17 +274,17 @@ def test_kinds_in_which_all_are_equal_are_left_out_and_the_hardest_is_named(fini
         for i, (arm, result) in enumerate(finished.comparison.arms.items())
     }
     teacher = finished.comparison.teacher.model_copy(update={"per_kind": {**kinds, "sum": 0.9}})
-    shown = finished.comparison.model_copy(update={"teacher": teacher, "arms": arms})
-    assert plots.differing_kinds(shown) == ["sum", "where"]
-    said = by_kind(shown)
-    assert said.startswith(
+    comparison = finished.comparison.model_copy(update={"teacher": teacher, "arms": arms})
+    assert plots.differing_kinds(comparison) == ["sum", "where"]
+    paragraph = by_kind(comparison)
+    assert paragraph.startswith(
         "Arms fall furthest behind the teacher in sum: it has 90.0%, they have 40.0 to 50.0%. Left out are 7 of"
     )
-    assert said in markdown(shown) and "count colour" not in [line.label.split(" (")[0] for line in table(shown)]
-    (axes,) = plots.kinds(shown, LIGHT).axes
+    assert paragraph in markdown(comparison) and "count colour" not in [line.label.split(" (")[0] for line in table(comparison)]
+    (axes,) = plots.kinds(comparison, LIGHT).axes
     distances = axes.images[0].get_array()
-    assert list(distances[1 + shown.order.index("kd")]) == [0, 0], "coloured by the distance from kd"
-    assert distances[1 + shown.order.index("sft"), 0] == pytest.approx(-2)
+    assert list(distances[1 + comparison.order.index("kd")]) == [0, 0], "coloured by the distance from kd"
+    assert distances[1 + comparison.order.index("sft"), 0] == pytest.approx(-2)
 
 
 def test_an_arm_has_one_colour_in_all_reports() -> None:
@@ -297,11 +297,11 @@ def test_an_arm_has_one_colour_in_all_reports() -> None:
 def test_where_nobody_answers_right_the_report_says_so(finished: Finished) -> None:
     nothing = {"exact_match": 0.0, "per_kind": dict.fromkeys(finished.comparison.kinds, 0.0)}
     arms = {arm: result.model_copy(update=nothing) for arm, result in finished.comparison.arms.items()}
-    shown = finished.comparison.model_copy(
+    comparison = finished.comparison.model_copy(
         update={"teacher": finished.comparison.teacher.model_copy(update=nothing), "arms": arms}
     )
-    assert "nobody, the teacher included, answers one right" in headline(shown)
-    assert by_kind(shown).startswith("All are equal in every kind: ")
+    assert "nobody, the teacher included, answers one right" in headline(comparison)
+    assert by_kind(comparison).startswith("All are equal in every kind: ")
 
 
 def test_losses_leave_out_terms_that_no_arm_trains_on(finished: Finished) -> None:
@@ -313,7 +313,7 @@ def test_losses_leave_out_terms_that_no_arm_trains_on(finished: Finished) -> Non
 def test_one_closing_line_and_a_journal(finished: Finished) -> None:
     best = finished.comparison.order[0]
     low, high = finished.comparison.arms[best].ci95
-    (line,) = finished.said.splitlines()
+    (line,) = finished.output.splitlines()
     assert f"best arm {best}" in line
     assert f"({100 * low:.1f} to {100 * high:.1f})" in line
     assert line.endswith("reports/report.html")
@@ -379,8 +379,8 @@ def test_several_seeds_of_an_arm_are_shown_as_one_arm(finished: Finished, outcom
     runs = several.comparison.arms["sft"].runs
     each = ", ".join(f"{name} {100 * score:.1f}" for name, score in runs.items())
     assert f"| sft | 2 | {each} | {50 * sum(runs.values()):.1f} |" in markdown(several.comparison)
-    shown = page(rendered(several, outcomes)).text
-    assert each in shown and "with other seeds" in shown and "kd_tpa" not in several.comparison.order
+    report = page(rendered(several, outcomes)).text
+    assert each in report and "with other seeds" in report and "kd_tpa" not in several.comparison.order
 
 
 def test_published_runs_of_the_recipe_stand_beside_ones_own(finished: Finished, outcomes: Outcomes) -> None:
@@ -388,17 +388,17 @@ def test_published_runs_of_the_recipe_stand_beside_ones_own(finished: Finished, 
     assert "published runs" not in markdown(stage.compare(outcomes, finished.settings.evaluate, study))
     scores = {"teacher": [0.95], "sft": [0.52, 0.54], "align_ti": [0.58, 0.6, 0.62]}
     runs = PublishedRuns(recipe="digits", differing=2, machine="two cores", scores=scores)
-    shown = stage.compare(outcomes, finished.settings.evaluate, study, runs)
-    text = markdown(shown)
+    comparison = stage.compare(outcomes, finished.settings.evaluate, study, runs)
+    text = markdown(comparison)
     assert "Runs of recipe digits on two cores. Your params differ from the recipe in 2 values." in text
-    result = shown.arms["align_ti"]
-    own = f"{100 * result.exact_match:.1f} [{100 * result.ci95[0]:.1f}, {100 * result.ci95[1]:.1f}]"
-    assert f"| align_ti | {own} | 60.0 | 2.0 | 3 |" in text
+    result = comparison.arms["align_ti"]
+    cell = f"{100 * result.exact_match:.1f} [{100 * result.ci95[0]:.1f}, {100 * result.ci95[1]:.1f}]"
+    assert f"| align_ti | {cell} | 60.0 | 2.0 | 3 |" in text
     assert "| 95.0 | \N{EN DASH} | 1 |" in text and "| \N{EN DASH} | \N{EN DASH} | 0 |" in text  # of one seed, and of none
     pooled = 100 * ((2 * 0.02**2 + 0.01**2 * 2) / 3) ** 0.5
-    assert f"not counted in: seeds of one arm vary by {pooled:.1f} points in the published runs." in shown.headline
-    assert "Beside the published runs" in rendered(replace(finished, comparison=shown), outcomes)
-    (axes,) = plots.scores(shown, LIGHT).axes
+    assert f"not counted in: seeds of one arm vary by {pooled:.1f} points in the published runs." in comparison.headline
+    assert "Beside the published runs" in rendered(replace(finished, comparison=comparison), outcomes)
+    (axes,) = plots.scores(comparison, LIGHT).axes
     diamonds = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert sorted(diamonds) == pytest.approx([52, 54, 58, 60, 62])
 
@@ -408,8 +408,8 @@ def test_the_published_runs_are_those_of_the_nearest_recipe(finished: Finished, 
     file = finished.root / "published.yaml"
     file.write_text("digits: {machine: two cores, scores: {sft: [0.5]}}\n")
     recipe, differing = recipes.nearest()
-    found = published_runs.nearest(file)
-    assert recipe == "digits" and found == PublishedRuns(
+    nearest = published_runs.nearest(file)
+    assert recipe == "digits" and nearest == PublishedRuns(
         recipe="digits", differing=differing, machine="two cores", scores={"sft": [0.5]}
     )
     file.write_text("smoke: {machine: two cores, scores: {sft: [0.5]}}\n")
@@ -439,7 +439,7 @@ def test_tables_hold_every_score_and_every_logged_loss(finished: Finished, outco
     assert [row["arm"] for row in scores] == ["teacher", *finished.comparison.order]
     assert all(float(row["low"]) <= float(row["exact_match"]) <= float(row["high"]) for row in scores)
     losses = list(csv.DictReader((finished.root / dvc_files.LOSSES_TABLE).open()))
-    told = {(arm, int(row["step"]), "sft"): row["sft"] for arm, rows in outcomes.losses.items() for row in rows if row["sft"]}
-    found = {(row["arm"], int(row["step"]), row["term"]): float(row["loss"]) for row in losses}
-    assert told and all(found[key] == pytest.approx(value) for key, value in told.items())
+    logged = {(arm, int(row["step"]), "sft"): row["sft"] for arm, rows in outcomes.losses.items() for row in rows if row["sft"]}
+    written = {(row["arm"], int(row["step"]), row["term"]): float(row["loss"]) for row in losses}
+    assert logged and all(written[key] == pytest.approx(value) for key, value in logged.items())
     assert {row["term"] for row in losses}.isdisjoint(dvc_files.NOT_LOSSES)

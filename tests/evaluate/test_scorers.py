@@ -21,29 +21,29 @@ from tests.evaluate.test_compare import SETTINGS
 LINES = "<image>\nWhat is it?\nA. a cat\nB. a teddy bear\nAnswer with the letter."
 
 
-def said(answer: str, reference: str, question: str = LINES) -> Prediction:
+def predicted(answer: str, reference: str, question: str = LINES) -> Prediction:
     return Prediction(id="a", image_id="i", kind="k", question=question, reference=reference, answer=answer, correct=False)
 
 
 @pytest.mark.parametrize(
     ("scorer", "prediction", "worth"),
     [
-        ("choice", said("B", "B"), 1),
-        ("choice", said("The answer is (B).", "B. a teddy bear"), 1),
-        ("choice", said("it is a teddy bear", "B"), 1),
-        ("choice", said("A", "B"), 0),
-        ("choice", said("", "B"), 0),
-        ("choice", said("C", "C"), 0),  # not on offer
-        ("choice", said("(b) red", "B", "Which colour? (A) green (B) red"), 1),  # by its text
-        ("choice", said("Red.", "red", "Which colour?"), 1),  # no options: exact match
-        ("choice", said("B", "red", "What is at A. or so?"), 0),
-        ("choice", said("A dog", "A bird", "What is it? A. A cat B. A dog C. A bird"), 0),  # the articles are no letters
-        ("choice", said("A bird.", "C", "What is it? A. A cat B. A dog C. A bird"), 1),
-        ("anls", said("grundik", "grundig"), 6 / 7),
-        ("relaxed_accuracy", said("104", "100"), 1),
-        ("relaxed_accuracy", said("106", "100"), 0),
-        ("relaxed_accuracy", said("red", " Red\n"), 1),  # answers are trained without that white space
-        ("relaxed_accuracy", said("12%", "12%\n"), 1),
+        ("choice", predicted("B", "B"), 1),
+        ("choice", predicted("The answer is (B).", "B. a teddy bear"), 1),
+        ("choice", predicted("it is a teddy bear", "B"), 1),
+        ("choice", predicted("A", "B"), 0),
+        ("choice", predicted("", "B"), 0),
+        ("choice", predicted("C", "C"), 0),  # not on offer
+        ("choice", predicted("(b) red", "B", "Which colour? (A) green (B) red"), 1),  # by its text
+        ("choice", predicted("Red.", "red", "Which colour?"), 1),  # no options: exact match
+        ("choice", predicted("B", "red", "What is at A. or so?"), 0),
+        ("choice", predicted("A dog", "A bird", "What is it? A. A cat B. A dog C. A bird"), 0),  # the articles are no letters
+        ("choice", predicted("A bird.", "C", "What is it? A. A cat B. A dog C. A bird"), 1),
+        ("anls", predicted("grundik", "grundig"), 6 / 7),
+        ("relaxed_accuracy", predicted("104", "100"), 1),
+        ("relaxed_accuracy", predicted("106", "100"), 0),
+        ("relaxed_accuracy", predicted("red", " Red\n"), 1),  # answers are trained without that white space
+        ("relaxed_accuracy", predicted("12%", "12%\n"), 1),
     ],
 )
 def test_what_an_answer_is_worth(scorer: str, prediction: Prediction, worth: float) -> None:
@@ -57,9 +57,9 @@ def test_a_chosen_scorer_has_intervals_and_none_changes_nothing(tmp_path: Path, 
     plain = compare(outcomes, few, study_arms())
     chosen = compare(outcomes, few.model_copy(update={"scorers": ["anls"]}), study_arms())
     assert [*chosen.measures] == [*plain.measures, "anls"] and chosen.pairs == plain.pairs
-    found = chosen.arms["kd"].measures["anls"]
-    assert found.value == pytest.approx(scorers.mean("anls", outcomes.predictions["kd"]))
-    assert found.ci95[0] <= found.value <= found.ci95[1] and chosen.measures["anls"].gain("kd", "sft") is not None
+    estimate = chosen.arms["kd"].measures["anls"]
+    assert estimate.value == pytest.approx(scorers.mean("anls", outcomes.predictions["kd"]))
+    assert estimate.ci95[0] <= estimate.value <= estimate.ci95[1] and chosen.measures["anls"].gain("kd", "sft") is not None
     without = metrics.score("kd", outcomes.predictions["kd"])
     assert "scorers" not in without.model_dump_json(), "the shipped recipes' scores.json keep their bytes"
     assert '"anls":' in without.model_copy(update={"scorers": {"anls": 0.5}}).model_dump_json()
@@ -69,6 +69,6 @@ def test_a_chosen_scorer_is_part_of_the_fingerprint(loaded: Loaded, samples: Sam
     rows = questions(samples)[:2]
     template = Template.from_settings(load_settings(Path(__file__).parents[2]).models.template)
     settings = [SETTINGS.model_copy(update={"scorers": chosen}) for chosen in ([], ["anls"])]
-    none, one = (fingerprint.for_evaluate(loaded, samples, rows, template, asked) for asked in settings)
-    assert none.judge == fingerprint.JUDGE and one.judge == f"{fingerprint.JUDGE}, anls"
-    assert any(what.startswith("judge: ") for what in fingerprint.differences(none, one))
+    none, anls = (fingerprint.for_evaluate(loaded, samples, rows, template, setting) for setting in settings)
+    assert none.judge == fingerprint.JUDGE and anls.judge == f"{fingerprint.JUDGE}, anls"
+    assert any(difference.startswith("judge: ") for difference in fingerprint.differences(none, anls))

@@ -140,14 +140,14 @@ def test_holm_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("only_one", "only_other", "p"),
+    ("only_left", "only_right", "p"),
     [(0, 0, 1.0), (5, 5, 1.0), (0, 5, 2 / 32), (1, 7, 2 * 9 / 256), (8, 1, 2 * 10 / 512)],  # tails of the fair coin by hand
 )
-def test_mcnemar_is_the_fair_coin_on_the_questions_that_divide(only_one: int, only_other: int, p: float) -> None:
-    one = [True] * only_one + [False] * only_other + [True] * 50 + [False] * 50
-    other = [False] * only_one + [True] * only_other + [True] * 50 + [False] * 50
-    assert mcnemar(one, other) == pytest.approx(p)
-    assert mcnemar(other, one) == pytest.approx(p)
+def test_mcnemar_is_the_fair_coin_on_the_questions_that_divide(only_left: int, only_right: int, p: float) -> None:
+    left = [True] * only_left + [False] * only_right + [True] * 50 + [False] * 50
+    right = [False] * only_left + [True] * only_right + [True] * 50 + [False] * 50
+    assert mcnemar(left, right) == pytest.approx(p)
+    assert mcnemar(right, left) == pytest.approx(p)
 
 
 def test_noise_of_1000_questions_of_which_arms_divide_on_94() -> None:
@@ -162,8 +162,8 @@ def test_noise_of_1000_questions_of_which_arms_divide_on_94() -> None:
 def test_a_detectable_gap_is_detected_as_often_as_promised() -> None:
     random = np.random.default_rng(4)
     gap = detectable(random.normal(0, 1, 100_000), 0.95, 0.8)
-    seen = random.normal(gap, 1, 100_000) > noise(random.normal(0, 1, 100_000), 0.95)
-    assert seen.mean() == pytest.approx(0.8, abs=0.01)
+    detected = random.normal(gap, 1, 100_000) > noise(random.normal(0, 1, 100_000), 0.95)
+    assert detected.mean() == pytest.approx(0.8, abs=0.01)
 
 
 def test_noise_of_two_published_scores() -> None:

@@ -125,8 +125,8 @@ IGNORED = (
 )
 
 
-def git(*words: str) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], check=True, capture_output=True)
+def git(*args: str) -> None:
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *args], check=True, capture_output=True)
 
 
 def commit(**files: str) -> None:
@@ -152,8 +152,8 @@ def template(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
         Path(".mlflow").mkdir()
         shutil.copy(empty_database, ".mlflow/mlflow.db")
         Path("params/study.yaml").write_text(json.dumps({"arms": dict.fromkeys(ARMS, arm)}))
-        asked = yaml.safe_load(Path("params/evaluate.yaml").read_text()) | {"baselines": ["weak"], "bootstrap_resamples": 200}
-        Path("params/evaluate.yaml").write_text(yaml.safe_dump(asked))
+        params = yaml.safe_load(Path("params/evaluate.yaml").read_text()) | {"baselines": ["weak"], "bootstrap_resamples": 200}
+        Path("params/evaluate.yaml").write_text(yaml.safe_dump(params))
         files = {"dvc.yaml": PIPELINE, "stage.py": STAGE, ".gitignore": "\n".join(IGNORED), "data/raw.txt": "100"}
         for name, text in {**files, ".dvc/config": "[core]\n    analytics = false\n"}.items():
             Path(name).parent.mkdir(exist_ok=True)
@@ -229,10 +229,10 @@ def test_the_champion_changes_only_on_a_lead_beyond_chance(trained: Settings) ->
 def test_the_first_champion_knows_more_than_the_most_frequent_answers(
     right: int, promoted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [("exist", "yes"), ("exist", "no"), ("count", "1"), ("count", "2")]
+    references = [("exist", "yes"), ("exist", "no"), ("count", "1"), ("count", "2")]
     answers = [
-        Prediction(id=str(i), image_id="a", kind=kind, question="?", reference=said, answer="", correct=i < right)
-        for i, (kind, said) in enumerate(asked)
+        Prediction(id=str(i), image_id="a", kind=kind, question="?", reference=reference, answer="", correct=i < right)
+        for i, (kind, reference) in enumerate(references)
     ]
     monkeypatch.setattr(promote, "_recorded_answers", lambda _: (answers, None))
     tags = {"recipe": "smoke", "exact_match": str(right / 4)}
@@ -266,8 +266,8 @@ def test_a_server_that_is_away_keeps_nothing_from_being_registered_later(
     with pytest.raises(TryAgainError, match="the champion is as it was"):
         promote.promote(None, away)
     mlflow_sync.sync(SQLITE)
-    found = mlflow_registry.by_alias(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
-    assert found is not None and found.arm == "strong"
+    candidate = mlflow_registry.by_alias(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
+    assert candidate is not None and candidate.arm == "strong"
     Path("artifacts/scores/weak/scores.json").write_text("{}")
     with pytest.raises(DataError, match="weak was changed since"):
         promote.register(["weak"], trained)
@@ -276,8 +276,8 @@ def test_a_server_that_is_away_keeps_nothing_from_being_registered_later(
 def test_a_run_is_reproduced_to_the_byte_or_what_differs_is_named(trained: Settings, folder: Path) -> None:
     (journal,) = JOURNALS.glob("*-evaluate@weak-*.jsonl")
     (training,) = JOURNALS.glob("*-distill@weak-*.jsonl")
-    before = Path("params/study.yaml").read_text()
-    Path("params/study.yaml").write_text(before.replace("seed: 1", "seed: 7"))  # what is being edited does not count
+    study = Path("params/study.yaml").read_text()
+    Path("params/study.yaml").write_text(study.replace("seed: 1", "seed: 7"))  # what is being edited does not count
     recorded = reproduce.find(journal.stem, trained)
     Path("ran.log").unlink()
     outcome = reproduce.reproduce(recorded, trained)
@@ -308,9 +308,9 @@ def test_a_run_of_code_that_was_not_committed_is_refused(folder: Path, monkeypat
     Path("components/skill-weak").write_text("0.6")
     Path("components/new.py").write_text("")
     Path("params/evaluate.yaml").write_text(Path("params/evaluate.yaml").read_text() + "\n")  # recorded, so no matter
-    before = set(JOURNALS.glob("*-distill@weak-*.jsonl"))
+    previous = set(JOURNALS.glob("*-distill@weak-*.jsonl"))
     dvc_repro.reproduce_all(["distill@weak"])
-    (journal,) = set(JOURNALS.glob("*-distill@weak-*.jsonl")) - before
+    (journal,) = set(JOURNALS.glob("*-distill@weak-*.jsonl")) - previous
     recorded = reproduce.find(journal.stem, load_settings())
     with pytest.raises(InputError, match=r"not committed \(components/skill-weak, components/new.py\)"):
         reproduce.reproduce(recorded, load_settings())
@@ -324,10 +324,10 @@ def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(
     promote.register(["weak"], trained)
     promote.promote(None, trained)
     monkeypatch.setattr("components.tracking.stage_run._start_mirror", lambda *_: None)  # all is sent at the end
-    with webhook() as (address, got):
+    with webhook() as (address, posts):
         monkeypatch.setenv("ALIGNTI_WEBHOOK", address)
         quiet = nightly.nightly()
-        assert quiet["reasons"] == [] and "nothing was trained" in quiet["said"] and got == []
+        assert quiet["reasons"] == [] and "nothing was trained" in quiet["said"] and posts == []
 
         add_data("120")
         commit(skill_strong="0.8")
@@ -337,20 +337,20 @@ def test_a_night_trains_what_is_new_and_promotes_or_says_why_not(
         assert data.startswith("new data: data is ") and "train/images 100 -> 120" in moved
         assert code.startswith("1 file(s) of code or params differ")
         assert night["verdict"]["promoted"] and night["verdict"]["candidate"]["arm"] == "strong"
-        found = mlflow_registry.by_alias(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
-        assert found is not None and found.arm == "strong"  # the pipeline registered what it made
+        candidate = mlflow_registry.by_alias(mlflow_client.client(SQLITE), "tests", mlflow_registry.CANDIDATE)
+        assert candidate is not None and candidate.arm == "strong"  # the pipeline registered what it made
 
         monkeypatch.setenv("ALIGNTI_TRACKING_URI", JOURNAL_ONLY)
         with pytest.raises(InputError, match="the champion is an alias in MLflow's registry"):
             nightly.nightly()
-    champion, failed = (json.loads(body) for _, _, body in got)
+    champion, failed = (json.loads(body) for _, _, body in posts)
     assert champion["event"] == "champion" and champion["verdict"] == night["verdict"]
     assert failed["event"] == "failed" and failed["flow"] == "alignti-nightly"
     assert Path.cwd() == folder
 
 
 def todays_answers(model: Path, title: str, settings: Settings) -> Any:
-    """What the model `weak` would say to today's questions; for a test whose students are no models."""
+    """Answers of the model `weak` to today's questions; for a test whose students are no models."""
     assert (model / "weights").read_text() == "0.5"  # the champion's own, from DVC's cache
     measured = Scores.read(SCORES / "strong/scores.json").fingerprint
     strong = Prediction.read_lines(SCORES / "strong/predictions.jsonl")

@@ -19,7 +19,7 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_holder_sees_a_gpu_of_its_own() -> None:
     with devices.lock_gpu() as first, devices.lock_gpu() as second:
-        assert [shown[devices.VISIBLE] for shown in (first, second)] == ["0", "1"]
+        assert [environment[devices.VISIBLE] for environment in (first, second)] == ["0", "1"]
     with devices.lock_gpu() as again:
         assert again == first
 
@@ -39,12 +39,12 @@ def test_a_killed_holder_frees_its_gpu(tmp_path: Path) -> None:
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert holder.stdout is not None and holder.stdout.readline() == b"0\n"
-    with devices.lock_gpu() as mine:
-        assert mine[devices.VISIBLE] == "1"
+    with devices.lock_gpu() as environment:
+        assert environment[devices.VISIBLE] == "1"
     holder.kill()
     holder.communicate()
-    with devices.lock_gpu() as mine:
-        assert mine[devices.VISIBLE] == "0"
+    with devices.lock_gpu() as environment:
+        assert environment[devices.VISIBLE] == "0"
 
 
 def test_a_training_that_outlives_its_flow_keeps_its_gpu_until_it_ends() -> None:
@@ -55,9 +55,9 @@ def test_a_training_that_outlives_its_flow_keeps_its_gpu_until_it_ends() -> None
             [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], env={**os.environ, **given}
         )
         assert training.stdout is not None and training.stdout.readline() == b"held\n"
-    with devices.lock_gpu() as mine:  # the flow is gone, the training is not
-        assert mine[devices.VISIBLE] == "1"
+    with devices.lock_gpu() as environment:  # the flow is gone, the training is not
+        assert environment[devices.VISIBLE] == "1"
     training.kill()
     training.communicate()
-    with devices.lock_gpu() as mine:
-        assert mine[devices.VISIBLE] == "0"
+    with devices.lock_gpu() as environment:
+        assert environment[devices.VISIBLE] == "0"

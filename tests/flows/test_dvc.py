@@ -24,10 +24,10 @@ from tests.planted import CANARY, REMOTE
 def test_graph_is_in_running_order_with_what_each_stage_needs(project: Path) -> None:
     graph = dvc.graph()
     assert graph == {"first": [], "cell@a": ["first"], "cell@b": ["first"], "last": ["cell@a", "cell@b"]}
-    seen: set[str] = set()
+    earlier: set[str] = set()
     for stage, needs in graph.items():
-        assert set(needs) <= seen
-        seen.add(stage)
+        assert set(needs) <= earlier
+        earlier.add(stage)
 
 
 def test_a_stage_runs_alone_and_only_when_its_inputs_are_new(project: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_failed_stage_raises_with_its_own_exit_code(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "said", "exit_code"),
+    ("ending", "error", "exit_code"),
     [
         ("os.kill(os.getpid(), 9)", r"first was killed by signal 9 \(out of memory\?\); run again", 75),
         ("os.kill(os.getpid(), 11)", "first was killed by signal 11; run again", 75),
@@ -58,9 +58,9 @@ def test_a_failed_stage_raises_with_its_own_exit_code(project: Path) -> None:
         ("sys.exit(255)", "first failed with exit code 255", 255),
     ],
 )
-def test_a_killed_stage_is_told_in_words_and_may_be_tried_again(project: Path, ending: str, said: str, exit_code: int) -> None:
+def test_a_killed_stage_is_told_in_words_and_may_be_tried_again(project: Path, ending: str, error: str, exit_code: int) -> None:
     (project / "stage.py").write_text(f"import os, sys; {ending}")
-    with pytest.raises(dvc_repro.StageFailed, match=f"^stage {said}") as failure:
+    with pytest.raises(dvc_repro.StageFailed, match=f"^stage {error}") as failure:
         dvc_repro.reproduce("first")
     assert failure.value.exit_code == exit_code
 

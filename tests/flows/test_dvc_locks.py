@@ -19,11 +19,11 @@ def test_locks_of_the_dead_are_dropped_and_those_of_the_living_stay(project: Pat
     os.waitid(os.P_PID, dead.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
     rwlock = project / ".dvc/tmp/rwlock"
     rwlock.parent.mkdir()
-    ours, theirs = ({"pid": pid, "cmd": "dvc repro"} for pid in (os.getpid(), dead.pid))
-    held = {"write": {"a": theirs, "b": ours}, "read": {"c": [theirs, ours], "d": [theirs]}}
+    live, stale = ({"pid": pid, "cmd": "dvc repro"} for pid in (os.getpid(), dead.pid))
+    held = {"write": {"a": stale, "b": live}, "read": {"c": [stale, live], "d": [stale]}}
     rwlock.write_text(json.dumps(held))
     dvc_locks.drop_stale_holders()
-    assert json.loads(rwlock.read_text()) == {"write": {"b": ours}, "read": {"c": [ours]}}
+    assert json.loads(rwlock.read_text()) == {"write": {"b": live}, "read": {"c": [live]}}
     dead.wait()
 
 
@@ -33,29 +33,29 @@ def test_a_lock_file_that_a_kill_cut_off_is_that_from_before(
 ) -> None:
     lock = project / "dvc.lock"
     dvc_repro.reproduce("first")
-    before = lock.read_text()
+    previous = lock.read_text()
     dvc_repro.reproduce("cell@a")
-    whole = lock.read_text()
-    dvc_locks.BACKUP.write_text(before)
-    lock.write_text(whole[: whole.index(cut, whole.index("cell@a") - 2) + len(cut)])
+    complete = lock.read_text()
+    dvc_locks.BACKUP.write_text(previous)
+    lock.write_text(complete[: complete.index(cut, complete.index("cell@a") - 2) + len(cut)])
     assert "cell@a" in dvc.status()
     assert "dvc.lock was cut off" in capsys.readouterr().out
     assert dvc_repro.reproduce("cell@a") == "restored"
-    assert yaml.safe_load(lock.read_text()) == yaml.safe_load(whole)
-    lock.write_text(f"<<<<<<< HEAD\n{whole}")
+    assert yaml.safe_load(lock.read_text()) == yaml.safe_load(complete)
+    lock.write_text(f"<<<<<<< HEAD\n{complete}")
     with pytest.raises(InputError, match=r"`git checkout dvc\.lock`"):
         dvc.graph()
 
 
 def test_a_stage_whose_dvc_is_killed_at_the_lock_file_runs_again(project: Path) -> None:
     dvc_repro.reproduce("first")
-    before = (project / "dvc.lock").read_text()
+    previous = (project / "dvc.lock").read_text()
     killed = "import os, signal, sys; open('dvc.lock', 'w').write(': no YAML'); os.kill(os.getppid(), signal.SIGKILL)"
     stage = (project / "stage.py").read_text()
     (project / "stage.py").write_text(f"{killed}\n{stage}")
     with pytest.raises(dvc_repro.StageFailed, match="killed by signal 9") as failure:
         dvc_repro.reproduce("cell@a")
     assert failure.value.exit_code == 75
-    assert (project / "dvc.lock").read_text() == before
+    assert (project / "dvc.lock").read_text() == previous
     (project / "stage.py").write_text(stage)
     assert dvc_repro.reproduce("cell@a") == "ran"

@@ -27,11 +27,11 @@ SCORED = STAGE.replace('"exact_match": 0.5', '"exact_match": 0.75 if "tpa1" in a
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Real servers that hold a study of two arms, run as `alignti study run` does; its MLflow runs by name."""
-    here = tmp_path_factory.mktemp("study")
+    cwd = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(here)
+        patch.chdir(cwd)
         patch.delenv("ALIGNTI_TRACKING_URI")
-        lay_out(here)
+        lay_out(cwd)
         commit(SCORED)
         Path(".dvc/config.local").write_text(f"['remote \"theirs\"']\n    url = {REMOTE}\n")
         servers.up(ports={"mlflow": free_port(), "prefect": free_port()})
@@ -39,9 +39,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
             command = [sys.executable, "-m", "components.cli", "study", "run", "mine"]
             with_login = servers.running("mlflow").url.replace("//", f"//user:{CANARY}-tracking@")
             environment = {**os.environ, **SECRETS, "PYTHONPATH": str(ROOT), "ALIGNTI_TRACKING_URI": with_login}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-            (here / "said.log").write_text(done.stdout + done.stderr)
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+            (cwd / "said.log").write_text(result.stdout + result.stderr)
             client = mlflow_client.client(servers.running("mlflow").url)
             experiment = client.get_experiment_by_name("align-ti").experiment_id
             runs = client.search_runs([experiment])
@@ -95,7 +95,7 @@ def _shows_weights_against_score(page: Page) -> None:
 
 def test_no_secret_is_in_any_log_database_journal_or_artifact(finished: dict[str, str]) -> None:
     """The servers' logs and databases too, and the address of MLflow held a password: the page links to it without."""
-    here = Path.cwd()
-    assert (here / ".mlflow/mlflow.db").exists() and list((here / ".servers").rglob("prefect.db"))
-    assert list((here / ".runs/journal").glob("*.sent")) and (here / "said.log").exists()
-    assert leaks(here, but=(".dvc/config.local",)) == []
+    cwd = Path.cwd()
+    assert (cwd / ".mlflow/mlflow.db").exists() and list((cwd / ".servers").rglob("prefect.db"))
+    assert list((cwd / ".runs/journal").glob("*.sent")) and (cwd / "said.log").exists()
+    assert leaks(cwd, but=(".dvc/config.local",)) == []

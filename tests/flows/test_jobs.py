@@ -21,8 +21,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 USE = ("components.cli", "use", "smoke")
 
 
-def asked(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *words], env=ENVIRONMENT, capture_output=True, text=True)
+def run_module(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *args], env=ENVIRONMENT, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -45,12 +45,12 @@ def kill(job: subprocess.Popen[bytes]) -> None:
 
 
 def test_beside_a_running_job_params_stay_and_a_second_job_does_not_begin(project: Path, job: subprocess.Popen[bytes]) -> None:
-    before = {path: path.read_bytes() for path in (project / "params").glob("*.yaml")}
-    said = f"TryAgainError: `dvc repro` (process {job.pid}) is running in this folder; try again when it has ended\n"
-    for words in (USE, ("components.cli", "study", "expand", "smoke"), ("components.cli", "plan"), ("flows.parallel",)):
-        refused = asked(*words)
-        assert (refused.returncode, refused.stderr) == (75, said), words
-    assert before == {path: path.read_bytes() for path in before}
+    params = {path: path.read_bytes() for path in (project / "params").glob("*.yaml")}
+    message = f"TryAgainError: `dvc repro` (process {job.pid}) is running in this folder; try again when it has ended\n"
+    for args in (USE, ("components.cli", "study", "expand", "smoke"), ("components.cli", "plan"), ("flows.parallel",)):
+        refused = run_module(*args)
+        assert (refused.returncode, refused.stderr) == (75, message), args
+    assert params == {path: path.read_bytes() for path in params}
 
 
 def test_a_stage_that_another_job_runs_may_be_tried_again(job: subprocess.Popen[bytes]) -> None:
@@ -64,7 +64,7 @@ def test_a_stage_that_another_job_runs_may_be_tried_again(job: subprocess.Popen[
 def test_a_killed_job_is_none(project: Path, job: subprocess.Popen[bytes]) -> None:
     kill(job)
     assert str(job.pid) in (project / ".dvc/tmp/rwlock").read_text()
-    assert asked(*USE).returncode == 0
+    assert run_module(*USE).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ stages:
 """
 
 
-def wanted() -> str:
+def expected_digest() -> str:
     digest = ""
     for step in range(1, STEPS + 1):
         digest = hashlib.sha256(f"{digest}{step}".encode()).hexdigest()
@@ -84,7 +84,7 @@ def wanted() -> str:
 
 
 class Clone:
-    """A git clone with a stage that trains, and what the training says of itself."""
+    """A git clone with a stage that trains, and the files in which the training records its progress."""
 
     def __init__(self, folder: Path) -> None:
         self.runs = folder / ".runs"
@@ -106,9 +106,9 @@ class Clone:
         state = self.runs / "step"
         return int(state.read_text().split()[0]) if state.exists() else 0
 
-    def training(self, at: int) -> psutil.Process:
-        """The process that trains, once it is at step `at`."""
-        until(lambda: self.step() == at and (self.runs / "trainer.pid").exists())
+    def training(self, step: int) -> psutil.Process:
+        """The process that trains, once it has reached `step`."""
+        until(lambda: self.step() == step and (self.runs / "trainer.pid").exists())
         return psutil.Process(int((self.runs / "trainer.pid").read_text()))
 
     def log(self) -> list[str]:
@@ -127,14 +127,14 @@ def clone(project: Path) -> Clone:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Poll; a test that has waited this long tells what it saw last."""
+    """Poll; a timeout names the last value."""
     end = time.monotonic() + PATIENCE_S
-    while not (seen := condition()):
-        assert time.monotonic() < end, f"waited in vain; last seen: {seen!r}"
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain; last seen: {value!r}"
         time.sleep(0.1)
 
 
-def gone(*processes: psutil.Process) -> bool:
+def have_ended(*processes: psutil.Process) -> bool:
     return not any(servers._is_alive(process) for process in processes)
 
 
@@ -153,22 +153,22 @@ def test_after_kill_9_the_next_run_goes_on_to_the_same_hash(clone: Clone, victim
     flow = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
     )
-    training = clone.training(at=3)
+    training = clone.training(step=3)
     above, _ = ancestors(training)
     (training if victim == "trainer" else above).kill()
     assert flow.wait(PATIENCE_S) != 0  # it says so,
-    until(lambda: gone(training, above))  # and no other is left
+    until(lambda: have_ended(training, above))  # and no other is left
     assert clone.step() == 3
     clone.let(ON)
     assert dvc_repro.reproduce("train", {"PYTHONPATH": str(ROOT)}) == "ran"
     assert clone.log() == ["from 0", *(["interrupted"] if victim == "dvc" else []), "from 3"]
-    assert Path("out/student").read_text() == wanted()
+    assert Path("out/student").read_text() == expected_digest()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Prefect server with our pools and deployments; gives what makes a process talk to it."""
-    home, before, environment = tmp_path_factory.mktemp("server"), Path.cwd(), dict(os.environ)
+    """A Prefect server with our pools and deployments; yields the environment of its clients."""
+    home, original, environment = tmp_path_factory.mktemp("server"), Path.cwd(), dict(os.environ)
     os.chdir(home)
     # The night's limit of one run at a time, on the pipeline alone: no champion is needed here. Without its schedule, which at
     # 2:00 starts a run beside these.
@@ -184,21 +184,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         # No log to the server from here: it would be sent on, in vain and for a minute, once the server is gone.
         with temporary_settings({PREFECT_API_URL: talk["PREFECT_API_URL"], PREFECT_LOGGING_TO_API_ENABLED: False}):
             list(pool.deploy(at_once=2))
-            os.chdir(before)
+            os.chdir(original)
             yield talk
     finally:
         os.chdir(home)
         servers._stop(prefect)
         patch.undo()
-        os.chdir(before)
+        os.chdir(original)
         os.environ.clear()
         os.environ.update(environment)
 
 
 @pytest.fixture
 def client(server: dict[str, str]) -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as found:
-        yield found
+    with get_client(sync_client=True) as api:
+        yield api
 
 
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -208,7 +208,7 @@ Start = Callable[..., subprocess.Popen[bytes]]
 def worker(server: dict[str, str]) -> Iterator[Start]:
     """Starts a worker of this clone, or another; those that still live are stopped at the end, and end by themselves."""
     started: list[subprocess.Popen[bytes]] = []
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
 
     def start(clone: Path | None = None) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1", pool.ROOT: str(clone or Path.cwd())}
@@ -217,22 +217,22 @@ def worker(server: dict[str, str]) -> Iterator[Start]:
 
     try:
         yield start
-        living = [one for one in started if one.poll() is None]
+        living = [process for process in started if process.poll() is None]
         pool._stop(started)
-        assert [one.returncode for one in living] == [0] * len(living)  # -9: they did not hear, and had to be killed
+        assert [process.returncode for process in living] == [0] * len(living)  # -9: the signal was ignored
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
 
 
-def ask(client: SyncPrefectClient, deployment: str = "nightly") -> UUID:
-    found = client.read_deployment_by_name(f"alignti-pipeline/{deployment}")
-    return client.create_flow_run_from_deployment(found.id, parameters={"own_workspace": True}).id
+def submit(client: SyncPrefectClient, deployment: str = "nightly") -> UUID:
+    target = client.read_deployment_by_name(f"alignti-pipeline/{deployment}")
+    return client.create_flow_run_from_deployment(target.id, parameters={"own_workspace": True}).id
 
 
 def state(client: SyncPrefectClient, run: UUID) -> str:
-    found: FlowRun = client.read_flow_run(run)
-    assert found.state is not None
-    return found.state.name
+    flow_run: FlowRun = client.read_flow_run(run)
+    assert flow_run.state is not None
+    return flow_run.state.name
 
 
 def slots(client: SyncPrefectClient, deployment: str = "nightly") -> int:
@@ -247,25 +247,25 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
 ) -> None:
     # kill -9 of the worker: flow, DVC and training end, the run says so, and its slot is free
     clone.let(2)
-    killed, run = worker(), ask(client)
-    training = clone.training(at=2)
+    killed, run = worker(), submit(client)
+    training = clone.training(step=2)
     above, flow = ancestors(training)
     assert state(client, run) == "Running" and slots(client) == 1
     killed.kill()
-    until(lambda: gone(training, above, flow))
+    until(lambda: have_ended(training, above, flow))
     until(lambda: slots(client) == 0)
     assert state(client, run) == "Crashed"
     assert clone.step() == 2 and clone.log() == ["from 0", "interrupted"]
 
     # kill -9 of worker and flow at once: nobody is left to tell the server, until the doctor comes
     clone.let(4)
-    killed, run = worker(), ask(client)
-    training = clone.training(at=4)
+    killed, run = worker(), submit(client)
+    training = clone.training(step=4)
     above, flow = ancestors(training)
     assert flow.ppid() == killed.pid
     killed.kill()
     flow.kill()
-    until(lambda: gone(training, above, flow))
+    until(lambda: have_ended(training, above, flow))
     assert state(client, run) == "Running" and slots(client) == 1
     name = client.read_flow_run(run).name
     assert [leak.what for leak in cleanup_stale_runs.leaks()] == [
@@ -279,22 +279,22 @@ def test_whatever_ends_a_run_leaves_its_checkpoint_and_no_process_and_no_slot(
     # a run that lives is none of the doctor's business; cancelled as the UI does it, it ends whole
     clone.let(6)
     worker()
-    run = ask(client)
-    training = clone.training(at=6)
+    run = submit(client)
+    training = clone.training(step=6)
     above, flow = ancestors(training)
     assert list(cleanup_stale_runs.free()) == [] and state(client, run) == "Running" and slots(client) == 1
     client.set_flow_run_state(run, Cancelling())
     until(lambda: state(client, run) == "Cancelled" and slots(client) == 0)
-    until(lambda: gone(training, above, flow))
+    until(lambda: have_ended(training, above, flow))
     assert clone.log()[4:] == ["from 4", "interrupted"]
 
     # and the next makes what an undisturbed one makes
     clone.let(ON)
-    run = ask(client)
+    run = submit(client)
     until(lambda: state(client, run) == "Completed")
     assert clone.log()[6:] == ["from 6"]
     assert dvc_repro.reproduce("train") == "restored"  # from the cache that the clone shares with its workspaces
-    assert Path("out/student").read_text() == wanted()
+    assert Path("out/student").read_text() == expected_digest()
     assert cleanup_stale_runs.leaks() == []
 
     # a slot that the server counts and no run holds, as after a restart of the server
@@ -394,11 +394,11 @@ def test_a_killed_study_leaves_its_arms_to_the_next_and_a_cancelled_one_takes_th
     assert again.stdout is not None
     for _ in arms:  # it says of each arm that it waits for what was ordered before; if it never does, its output ends
         assert any("ordered before" in line for line in again.stdout)
-    assert not gone(training) and len(ordered()) == 2  # it ordered none again
+    assert not have_ended(training) and len(ordered()) == 2  # it ordered none again
     again.terminate()
     again.communicate(timeout=PATIENCE_S)
     assert again.returncode != 0
-    until(lambda: gone(training))
+    until(lambda: have_ended(training))
     until(lambda: ordered() == ["Cancelled", "Cancelled"])
 
     freed = list(cleanup_stale_runs.free())

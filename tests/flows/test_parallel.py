@@ -83,9 +83,9 @@ def test_lines_of_a_stage_open_with_its_label_and_its_bar_is_thinned_out(
     monkeypatch.setattr(stage_output, "BAR_S", seconds)
     (project / "stage.py").write_text("print('1%\\r50%\\r100%')\n" + (project / "stage.py").read_text())
     dvc_repro.reproduce("first", on_line=stage_output.Labelled("first", verbose=True))
-    shown = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("first: ") for line in shown)
-    assert [line.removeprefix("first: ") for line in shown if line.endswith("%")] == states
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("first: ") for line in lines)
+    assert [line.removeprefix("first: ") for line in lines if line.endswith("%")] == states
 
 
 def test_a_stage_is_one_line_and_its_warnings(capsys: pytest.CaptureFixture[str]) -> None:

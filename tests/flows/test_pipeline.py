@@ -42,10 +42,10 @@ def test_a_flow_run_is_tagged_with_its_recipe(project: Path) -> None:
 
 
 def test_the_flow_runs_dvcs_graph_and_leaves_dvc_nothing_to_do(project: Path) -> None:
-    before = {run.id for run in task_runs()}
+    earlier = {run.id for run in task_runs()}
     assert set(pipeline(parallel=2).values()) == {"ran"}
 
-    runs = {run.id: run for run in task_runs() if run.id not in before}
+    runs = {run.id: run for run in task_runs() if run.id not in earlier}
     edges = {run.name: sorted(runs[needed.id].name for needed in run.task_inputs.get("wait_for", [])) for run in runs.values()}
     assert edges == dvc.graph()
 

@@ -41,8 +41,8 @@ def test_a_stage_that_never_ran_says_only_that() -> None:
         "prepare": [{"changed deps": {"params/data.yaml": "new", "data": "deleted"}}, {"changed outs": {"out": "deleted"}}]
     }
     status["distill@a"] = status["prepare"]
-    found = reasons_to_run(GRAPH, status)
-    assert found["prepare"] == found["distill@a"] == ["has not run yet"]
+    reasons = reasons_to_run(GRAPH, status)
+    assert reasons["prepare"] == reasons["distill@a"] == ["has not run yet"]
 
 
 def test_a_changed_command_is_a_reason() -> None:

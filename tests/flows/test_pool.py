@@ -132,9 +132,9 @@ class Faulty(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("status", "error"), [(500, TryAgainError), (401, InputError), (None, TryAgainError)])
-@pytest.mark.parametrize("ask", [cleanup_stale_runs.leaks, partial(pool._create_pool, "cpu", 1)], ids=["doctor", "deploy"])
+@pytest.mark.parametrize("call", [cleanup_stale_runs.leaks, partial(pool._create_pool, "cpu", 1)], ids=["doctor", "deploy"])
 def test_a_server_that_refuses_or_fails_is_named(
-    ask: Callable[[], object], status: int | None, error: type[AlignTIError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[[], object], status: int | None, error: type[AlignTIError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Faulty, "status", status)
@@ -145,7 +145,7 @@ def test_a_server_that_refuses_or_fails_is_named(
     if status is None:
         server.server_close()
     with temporary_settings({PREFECT_API_URL: address, PREFECT_CLIENT_MAX_RETRIES: 0}), pytest.raises(error, match=address):
-        ask()
+        call()
     server.shutdown()
 
 
@@ -170,7 +170,7 @@ def test_schedules_that_prefect_yaml_no_longer_has_are_told(tmp_path: Path, monk
     def deployed(name: str, active: bool = True, entrypoint: str = "flows.nightly.nightly") -> SimpleNamespace:
         return SimpleNamespace(name=name, flow_id=1, entrypoint=entrypoint, schedules=[SimpleNamespace(active=active)])
 
-    there = [deployed("night"), deployed("nightly"), deployed("weekly"), deployed("old", False), deployed("x", True, "x.py:x")]
-    client = SimpleNamespace(read_flows=lambda: [SimpleNamespace(id=1, name="f")], read_deployments=lambda: there)
+    cases = [deployed("night"), deployed("nightly"), deployed("weekly"), deployed("old", False), deployed("x", True, "x.py:x")]
+    client = SimpleNamespace(read_flows=lambda: [SimpleNamespace(id=1, name="f")], read_deployments=lambda: cases)
     monkeypatch.setattr(servers, "prefect_client", lambda: contextlib.nullcontext(client))
     assert pool._still_scheduled() == ["f/nightly", "f/weekly"]

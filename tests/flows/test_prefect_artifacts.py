@@ -27,24 +27,24 @@ from tests.evaluate.test_compare import SETTINGS
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-def shown() -> dict[str, Any]:
+def last_artifacts() -> dict[str, Any]:
     """The artifacts of the last flow run, by key."""
     with get_client(sync_client=True) as client:
         (run,) = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(name=FlowRunFilterName(like_="")), sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1
         )
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])))
-    return {artifact.key: artifact for artifact in found if artifact.key}
+        artifacts = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])))
+    return {artifact.key: artifact for artifact in artifacts if artifact.key}
 
 
 def outcomes() -> dict[str, str]:
-    return {row["name"]: row["outcome"] for row in json.loads(shown()["stages"].data)}
+    return {row["name"]: row["outcome"] for row in json.loads(last_artifacts()["stages"].data)}
 
 
 def test_progress_and_what_became_of_each_stage(project: Path) -> None:
     assert pipeline() == outcomes()
-    assert shown()["stages-progress"].data == 100
-    assert shown()["stages-progress"].description.startswith("4 of 4 stages done; the last was last,")
+    assert last_artifacts()["stages-progress"].data == 100
+    assert last_artifacts()["stages-progress"].description.startswith("4 of 4 stages done; the last was last,")
 
 
 def test_a_stage_speaks_in_the_log_of_its_flow_run_and_its_bar_moves_an_artifact(
@@ -52,11 +52,11 @@ def test_a_stage_speaks_in_the_log_of_its_flow_run_and_its_bar_moves_an_artifact
 ) -> None:
     text = (project / "stage.py").read_text()
     bars = "\\r".join(f"distill: {percent:3}%|#| 1/100" for percent in range(0, 101, 5))
-    said = f"print('{bars}')\nprint('tracking: MLflow is away')\nprint('   git add dvc.lock')\n"
-    (project / "stage.py").write_text(said + text)
+    prints = f"print('{bars}')\nprint('tracking: MLflow is away')\nprint('   git add dvc.lock')\n"
+    (project / "stage.py").write_text(prints + text)
     pipeline(targets=["first"])
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
-    assert shown()["progress-first"].data == 100
+    assert last_artifacts()["progress-first"].data == 100
     assert sum("%|" in line for _, line in lines) == 10 and ("WARNING", "tracking: MLflow is away") in lines
     assert not any("git add" in line for _, line in lines)
 
@@ -79,9 +79,9 @@ def test_what_prefect_does_not_take_costs_a_line(
     for name in ("create_progress_artifact", "create_table_artifact", "create_link_artifact"):
         monkeypatch.setattr(prefect_artifacts, name, refused)
     assert set(pipeline().values()) == {"ran"}
-    assert shown() == {}
-    told = [record.getMessage() for record in caplog.records if "not shown" in record.getMessage()]
-    assert len(told) == 2 and "http://***@prefect:4200" in told[0]
+    assert last_artifacts() == {}
+    warnings = [record.getMessage() for record in caplog.records if "not shown" in record.getMessage()]
+    assert len(warnings) == 2 and "http://***@prefect:4200" in warnings[0]
 
 
 def test_the_leaderboard_and_the_ways_to_mlflow_and_the_report(project: Path) -> None:
@@ -105,9 +105,9 @@ def test_the_leaderboard_and_the_ways_to_mlflow_and_the_report(project: Path) ->
             prefect_artifacts.leaderboard()
 
     telling()
-    rows = json.loads(shown()["leaderboard"].data)
+    rows = json.loads(last_artifacts()["leaderboard"].data)
     assert [row["arm"] for row in rows] == ["teacher", *Comparison.read(prefect_artifacts.COMPARISON).order]
     assert rows[1]["exact match"].endswith("%") and " to " in rows[1]["95%"]
-    assert f"(http://127.0.0.1:5000/#/experiments/7/runs/{'f' * 32})" in shown()["mlflow-run"].data
-    assert f"{'f' * 32}/artifacts/report.html)" in shown()["report"].data
+    assert f"(http://127.0.0.1:5000/#/experiments/7/runs/{'f' * 32})" in last_artifacts()["mlflow-run"].data
+    assert f"{'f' * 32}/artifacts/report.html)" in last_artifacts()["report"].data
     assert (JOURNALS / "20260101T000000-pipeline-0.files/report.html").exists()  # for MLflow to keep

@@ -50,7 +50,7 @@ def test_a_name_that_is_nobodys_is_a_mistake_and_no_fault_of_mlflows(code: str, 
 
 
 @pytest.mark.parametrize(
-    ("journal", "error", "said"),
+    ("journal", "error", "message"),
     [
         ("", InputError, "cannot be reproduced"),  # killed before it wrote a word
         ('{"event": "start", "tags": {}}\n{"event": "ta', InputError, "cannot be reproduced"),  # and amid one
@@ -58,8 +58,8 @@ def test_a_name_that_is_nobodys_is_a_mistake_and_no_fault_of_mlflows(code: str, 
     ],
 )
 def test_a_journal_that_is_cut_off_or_damaged_ends_in_a_sentence(
-    journals: Path, journal: str, error: type[Exception], said: str
+    journals: Path, journal: str, error: type[Exception], message: str
 ) -> None:
     (journals / "1-kd.jsonl").write_text(journal)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         FROM_JOURNAL("1-kd", journals / "1-kd.jsonl", SETTINGS)

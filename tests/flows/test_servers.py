@@ -33,27 +33,27 @@ pytestmark = pytest.mark.live
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(servers.AUTH, raising=False)
     return tmp_path
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-box"])
-def test_an_address_that_lets_others_in_is_refused_without_a_password(here: Path, host: str) -> None:
+def test_an_address_that_lets_others_in_is_refused_without_a_password(cwd: Path, host: str) -> None:
     with pytest.raises(InputError, match="ALIGNTI_SERVER_AUTH=user:password"):
         servers.up(host)
-    assert not (here / ".servers").exists()
+    assert not (cwd / ".servers").exists()
 
 
 @pytest.mark.parametrize("weak", ["nobody", "user:short", ":a-long-enough-password"])
-def test_a_weak_password_is_refused(here: Path, weak: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weak_password_is_refused(cwd: Path, weak: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(servers.AUTH, weak)
     with pytest.raises(InputError, match="12 or more characters"):
         servers.up("0.0.0.0")
 
 
-def test_a_taken_port_is_refused_by_name_and_holder(here: Path) -> None:
+def test_a_taken_port_is_refused_by_name_and_holder(cwd: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -63,7 +63,7 @@ def test_a_taken_port_is_refused_by_name_and_holder(here: Path) -> None:
     assert servers.started() == []
 
 
-def test_of_two_that_start_them_at_once_one_does(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_start_them_at_once_one_does(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
     def start(name: servers.Name, host: str, port: int, *_: object) -> Server:
@@ -81,19 +81,19 @@ def test_of_two_that_start_them_at_once_one_does(here: Path, monkeypatch: pytest
     assert first == second
 
 
-def test_two_servers_on_one_port_are_refused(here: Path) -> None:
+def test_two_servers_on_one_port_are_refused(cwd: Path) -> None:
     port = free_port()
     with pytest.raises(InputError, match=f"both servers would listen on port {port}"):
         servers.up(ports={"mlflow": port, "prefect": port})
 
 
 @pytest.mark.parametrize("url", ["mysql://u@h/", "postgresql://u:p@h:5432/one", "sqlite:///x.db"])
-def test_postgres_wants_a_server_not_a_database(here: Path, url: str) -> None:
+def test_postgres_wants_a_server_not_a_database(cwd: Path, url: str) -> None:
     with pytest.raises(InputError, match="without a database"):
         servers.up(ports={"mlflow": free_port(), "prefect": free_port()}, postgres=url)
 
 
-def test_a_server_that_ends_is_told_with_its_log_and_the_other_is_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_ends_is_told_with_its_log_and_the_other_is_stopped(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sleeper(*_: object) -> tuple[list[str], dict[str, str]]:
         return [sys.executable, "-c", "import time; time.sleep(600)"], {}
 
@@ -112,7 +112,7 @@ def test_a_server_that_ends_is_told_with_its_log_and_the_other_is_stopped(here: 
     assert servers.started() == []
 
 
-def test_what_a_server_started_is_stopped_with_it_willing_or_not(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_server_started_is_stopped_with_it_willing_or_not(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "GRACE_S", 1)
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}]).wait()"
@@ -154,10 +154,10 @@ class Healthy(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-def test_a_pid_that_another_process_has_now_is_left_alone(here: Path) -> None:
+def test_a_pid_that_another_process_has_now_is_left_alone(cwd: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        pid_file = here / ".servers/prefect.pid"
+        pid_file = cwd / ".servers/prefect.pid"
         pid_file.parent.mkdir()
         born = psutil.Process(other.pid).create_time() - 100
         pid_file.write_text(json.dumps(Server("prefect", other.pid, born, "127.0.0.1", 4200).__dict__))
@@ -187,8 +187,8 @@ def test_a_real_pair_answers_is_hardened_and_ends_whole(pair: Path) -> None:
     assert answer(f"{prefect.url}/api/admin/version") == 200
     assert answer(f"{prefect.url}/api/admin/version", Host="evil.example") == 400
     assert answer(f"{prefect.url}/api/flows/", data=b'{"name": "x"}') == 403  # a page elsewhere has no CSRF token
-    with urllib.request.urlopen(f"{prefect.url}/ui-settings", timeout=30) as told:
-        assert json.load(told)["api_url"] == "/api"  # the page asks the server that it came from
+    with urllib.request.urlopen(f"{prefect.url}/ui-settings", timeout=30) as response:
+        assert json.load(response)["api_url"] == "/api"  # the page asks the server that it came from
     family = [psutil.Process(s.pid) for s in (mlflow, prefect)]
     family += [child for parent in family for child in parent.children(recursive=True)]
     assert servers.down() == [mlflow, prefect]
@@ -199,15 +199,15 @@ def test_a_real_pair_answers_is_hardened_and_ends_whole(pair: Path) -> None:
 @pytest.fixture
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a PostgreSQL of this test's own, with a password."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found or importlib.util.find_spec("psycopg2") is None:
+    initdb = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not initdb or importlib.util.find_spec("psycopg2") is None:
         pytest.skip("needs Debian's package postgresql, and psycopg2: pip install -e '.[postgres]'")
     user = "postgres" if os.getuid() == 0 else None  # it does not run as root; the package makes this user
     home = Path(tempfile.mkdtemp(prefix="alignti-postgres-"))
     (home / "password").write_text("a-secret")
     for path in (home, home / "password"):
         shutil.chown(path, user or os.getuid())
-    data, port, programs = home / "data", free_port(), found[-1].parent
+    data, port, programs = home / "data", free_port(), initdb[-1].parent
     words = ["-D", str(data), "-U", "pool", "--auth", "scram-sha-256", "--pwfile", str(home / "password")]
     subprocess.run([programs / "initdb", *words], user=user, check=True, capture_output=True, cwd=home)
     options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1"
@@ -222,22 +222,22 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(home)
 
 
-def test_a_pool_keeps_its_tables_in_postgresql(here: Path, postgres: str) -> None:
+def test_a_pool_keeps_its_tables_in_postgresql(cwd: Path, postgres: str) -> None:
     import psycopg2
 
     ports: dict[servers.Name, int] = {"mlflow": free_port(), "prefect": free_port()}
     mlflow, prefect = servers.up(ports=ports, postgres=postgres)
     try:
         assert answer(f"{prefect.url}/api/admin/version") == 200
-        made = json.dumps({"name": "in-postgres"}).encode()
-        assert answer(f"{mlflow.url}/api/2.0/mlflow/experiments/create", data=made) == 200
+        experiment = json.dumps({"name": "in-postgres"}).encode()
+        assert answer(f"{mlflow.url}/api/2.0/mlflow/experiments/create", data=experiment) == 200
     finally:
         servers.down()
     for name, table in (("mlflow", "experiments"), ("prefect", "flow_run")):
         with contextlib.closing(psycopg2.connect(f"{postgres}/alignti_{name}")) as connection, connection.cursor() as cursor:
             cursor.execute(f"select count(*) from {table}")
             assert cursor.fetchone()[0] == {"mlflow": 2, "prefect": 0}[name]
-    assert not list(here.rglob("*.db"))
+    assert not list(cwd.rglob("*.db"))
     with pytest.raises(TryAgainError, match="PostgreSQL does not answer"):
         servers.up(ports=ports, postgres=postgres.replace("a-secret", "another"))
 
@@ -258,14 +258,14 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def pair(here: Path) -> Iterator[Path]:
+def pair(cwd: Path) -> Iterator[Path]:
     """Both servers, real, from nothing."""
     servers.up(ports={"mlflow": free_port(), "prefect": free_port()})
-    yield here
+    yield cwd
     servers.down()
 
 
-def test_commands_find_the_servers_by_themselves(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_find_the_servers_by_themselves(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="`alignti up` starts it"):
         servers.client_environment()
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere:4200/api")  # as on another machine of a pool
@@ -273,9 +273,9 @@ def test_commands_find_the_servers_by_themselves(here: Path, monkeypatch: pytest
     assert servers.client_environment()["PREFECT_API_URL"] == "http://elsewhere:4200/api"
     me = psutil.Process(os.getpid())
     for name, port in servers.PORTS.items():
-        (here / ".servers").mkdir(exist_ok=True)
+        (cwd / ".servers").mkdir(exist_ok=True)
         server = Server(name, me.pid, me.create_time(), "0.0.0.0", port)
-        (here / f".servers/{name}.pid").write_text(json.dumps(server.__dict__))
+        (cwd / f".servers/{name}.pid").write_text(json.dumps(server.__dict__))
     monkeypatch.setenv(servers.AUTH, "user:a-long-password")
     environment = servers.client_environment()
     assert environment["ALIGNTI_TRACKING_URI"] == "http://127.0.0.1:5000"

@@ -118,12 +118,12 @@ def commit(stage: str) -> None:
 
 def records() -> dict[str, list[dict[str, Any]]]:
     journals = (path.read_text().splitlines() for path in Path(".runs/journal").glob("cell-*.jsonl"))
-    found = [[json.loads(line) for line in lines] for lines in journals]
-    return {lines[0]["name"]: lines for lines in found}
+    events = [[json.loads(line) for line in lines] for lines in journals]
+    return {lines[0]["name"]: lines for lines in events}
 
 
 def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing(clone: Path) -> None:
-    before = Path("params/study.yaml").read_bytes()
+    original = Path("params/study.yaml").read_bytes()
     (clone / "fail-distill-tpa0-seed1").touch()
     with pytest.raises(AlignTIError, match=r"1 of 2 arms of study mine are missing(.|\n)*tpa0-seed1: .*exit code 2"):
         study("mine")
@@ -142,7 +142,7 @@ def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing
     assert params["values"] == {"weights.tpa": "1.0"}  # what the study varies, and no more
     assert metrics["values"]["exact_match"] == 0.5 and metrics["values"]["cost/device_hours"] == pytest.approx(1 / 60)
 
-    assert Path.cwd() == clone and Path("params/study.yaml").read_bytes() == before
+    assert Path.cwd() == clone and Path("params/study.yaml").read_bytes() == original
     assert not any((clone / ".runs/workspaces").iterdir())  # no worktree is left,
     branches = subprocess.run(["git", "branch", "--list", "runs/*"], capture_output=True, text=True).stdout.split()
     assert len(branches) == 2 and all(branch.startswith("runs/mine-") for branch in branches)  # but what came of it is,
@@ -152,9 +152,9 @@ def test_a_failed_arm_leaves_the_rest_and_the_next_try_runs_only_what_is_missing
 def test_the_arms_of_a_study_that_is_stopped_are_recorded(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for = module.wait_for
 
-    def stopped(what: str, futures: dict[str, Any]) -> None:
-        wait_for(what, futures)
-        if what == "arms":
+    def stopped(description: str, futures: dict[str, Any]) -> None:
+        wait_for(description, futures)
+        if description == "arms":
             raise Interrupted("stopped")
 
     monkeypatch.setattr(module, "wait_for", stopped)

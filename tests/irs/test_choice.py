@@ -23,7 +23,7 @@ from tests.models.conftest import png
 
 L, X, I, NV = 2, 5, 3, 16  # noqa: E741
 CELL = {0: (0.0, 0.0, 0.25, 0.25), 3: (0.75, 0.0, 1.0, 0.25), 12: (0.0, 0.75, 0.25, 1.0)}  # token -> its patch
-ASKED = (0, 3, 12)
+REGION_TOKENS = (0, 3, 12)
 
 
 def settings(**changes: Any) -> IrsSettings:
@@ -31,20 +31,20 @@ def settings(**changes: Any) -> IrsSettings:
 
 
 def samples(boxes: bool = True) -> list[list[Sample]]:
-    def one(x: int, i: int) -> Sample:
-        region: tuple[Box, ...] = (CELL[ASKED[i]],) if boxes and (x, i) != (0, 0) else ()
+    def sample(x: int, i: int) -> Sample:
+        region: tuple[Box, ...] = (CELL[REGION_TOKENS[i]],) if boxes and (x, i) != (0, 0) else ()
         return Sample(f"{x}-{i}", f"{x}", "digit_at", png(x, PX), (Turn(f"<image>\nwhat is at {i}?", "one", region),))
 
-    return [[one(x, i) for i in range(I)] for x in range(X)]
+    return [[sample(x, i) for i in range(I)] for x in range(X)]
 
 
-def seen(boxes: bool = True) -> AttentionMaps:
-    """A sink at token 5 in all; over the words of layer 0, some attention at what is asked."""
+def planted_maps(boxes: bool = True) -> AttentionMaps:
+    """A sink at token 5 in all; over the words of layer 0, some attention on the region of the question."""
     random = torch.Generator().manual_seed(0)
     attention = {rows: 0.01 * torch.rand(L, X, I, NV, generator=random) for rows in ("all", "words")}
-    for found in attention.values():
-        found[..., 5] += 0.5
-    for i, token in enumerate(ASKED):
+    for rows_attention in attention.values():
+        rows_attention[..., 5] += 0.5
+    for i, token in enumerate(REGION_TOKENS):
         attention["words"][0, :, i, token] += 0.1
     return AttentionMaps(samples(boxes), attention, torch.full((X,), NV))  # type: ignore[arg-type]
 
@@ -55,31 +55,31 @@ def test_pointing_is_the_mean_share_on_the_region_over_questions_that_have_one()
     region = torch.rand(X, I, NV, dtype=torch.float64)
     region[1, 2] = 0
     region[3] = 0
-    found = pointing(weights, region)
+    result = pointing(weights, region)
     for layer in range(L):
-        wanted = []
+        expected = []
         for x in (0, 1, 2, 4):
             shares = [
                 sum(float(weights[layer, x, i, t] * region[x, i, t]) for t in range(NV)) for i in range(I) if (x, i) != (1, 2)
             ]
-            wanted.append(sum(shares) / len(shares))
-        assert found[layer].tolist() == pytest.approx(wanted)
+            expected.append(sum(shares) / len(shares))
+        assert result[layer].tolist() == pytest.approx(expected)
 
 
 def test_backgrounds_are_the_mean_shares_and_the_others_leave_the_instruction_itself_out() -> None:
-    attention = seen().attention["all"]
+    attention = planted_maps().attention["all"]
     shares = attention / attention.sum(-1, keepdim=True)
-    torch.testing.assert_close(backgrounds(seen())["all"], shares.flatten(1, 2).mean(1))
-    found = leave_one_out_background(attention)
-    torch.testing.assert_close(found[1, 2, 0], (shares[1, 2, 1] + shares[1, 2, 2]) / 2)
+    torch.testing.assert_close(backgrounds(planted_maps())["all"], shares.flatten(1, 2).mean(1))
+    background = leave_one_out_background(attention)
+    torch.testing.assert_close(background[1, 2, 0], (shares[1, 2, 1] + shares[1, 2, 2]) / 2)
 
 
 def test_the_pointing_rule_finds_the_layer_weighting_and_rows_that_look_at_what_is_asked() -> None:
-    choice, kept = choose(seen(), TILING, settings(rule="pointing", weighting=None, instruction_rows=None))
+    choice, saved = choose(planted_maps(), TILING, settings(rule="pointing", weighting=None, instruction_rows=None))
     picked = choice.picked
     assert (picked.rule, picked.layer, picked.weighting, picked.rows) == ("pointing", 0, "centred", "words")
     assert picked.separated and picked.runner_up is not None
-    assert choice.grids == ["16 tokens"] and set(kept) == {"all", "words"}
+    assert choice.grids == ["16 tokens"] and set(saved) == {"all", "words"}
     views = {(view.weighting, view.rows): view for view in choice.views}
     best = views["centred", "words"]
     assert best.pointing[0] > 0.8 > 0.3 > views["mean", "words"].pointing[0] > views["mean", "all"].pointing[0]
@@ -93,22 +93,22 @@ def test_the_pointing_rule_finds_the_layer_weighting_and_rows_that_look_at_what_
 
 
 def test_other_rules_take_what_was_asked_for() -> None:
-    paper, _ = choose(seen(), TILING, settings())
+    paper, _ = choose(planted_maps(), TILING, settings())
     assert (paper.picked.layer, paper.picked.weighting, paper.picked.rows) == (paper.layer, "mean", "all")
-    words, _ = choose(seen(), TILING, settings(instruction_rows="words"))
+    words, _ = choose(planted_maps(), TILING, settings(instruction_rows="words"))
     view = next(view for view in words.views if (view.weighting, view.rows) == ("mean", "words"))
     assert words.picked.layer == view.irs.index(max(view.irs)) == 0
     assert words.layer == paper.layer and words.irs == paper.irs, "the paper's figures stay"
-    given, _ = choose(seen(), TILING, settings(rule="given", layer=1, weighting="centred", instruction_rows="words"))
+    given, _ = choose(planted_maps(), TILING, settings(rule="given", layer=1, weighting="centred", instruction_rows="words"))
     assert (given.picked.layer, given.picked.weighting, given.picked.rows) == (1, "centred", "words")
     with pytest.raises(ModelError, match=r"params/irs.yaml: layer is 2, but the teacher has layers 0..1"):
-        choose(seen(), TILING, settings(rule="given", layer=2))
+        choose(planted_maps(), TILING, settings(rule="given", layer=2))
 
 
 def test_pointing_without_regions_is_refused() -> None:
     with pytest.raises(DataError, match=r"rule is pointing, and the region .* fewer than two of the images .*set rule: irs"):
-        choose(seen(boxes=False), TILING, settings(rule="pointing"))
-    choice, _ = choose(seen(boxes=False), TILING, settings())
+        choose(planted_maps(boxes=False), TILING, settings(rule="pointing"))
+    choice, _ = choose(planted_maps(boxes=False), TILING, settings())
     assert choice.region is None and not any(view.pointing for view in choice.views)
 
 
@@ -124,22 +124,22 @@ def varied() -> tuple[AttentionMaps, Tiling]:
 
 
 def test_images_of_several_grids_have_no_background_and_centred_weights_are_refused_for_training() -> None:
-    found, tiling = varied()
-    grids = grids_of(found, tiling)
+    maps, tiling = varied()
+    grids = grids_of(maps, tiling)
     assert len(grids) == 2 and all(" x " in grid for grid in grids)
-    choice, kept = choose(found, tiling, settings())
-    assert kept == {} and choice.backgrounds == [] and choice.grids == grids
+    choice, saved = choose(maps, tiling, settings())
+    assert saved == {} and choice.backgrounds == [] and choice.grids == grids
     assert {view.weighting for view in choice.views} == {"mean", "centred"}, "IRS is still told, over each image's others"
     with pytest.raises(DataError, match=rf"weighting is centred.*{grids[0]}, {grids[1]}; set weighting: mean"):
-        choose(found, tiling, settings(weighting="centred"))
+        choose(maps, tiling, settings(weighting="centred"))
 
 
 def test_nothing_left_counts_and_gives_no_nan() -> None:
     """Two instructions that look alike leave nothing above each other."""
     attention = torch.rand(L, X, 1, NV).expand(L, X, 2, NV)
-    found = AttentionMaps([image[:2] for image in samples()], {"all": attention, "words": attention}, torch.full((X,), NV))
-    region = regions(found, TILING)
-    views = [one.view for one in scored(found, {}, region)]
+    maps = AttentionMaps([image[:2] for image in samples()], {"all": attention, "words": attention}, torch.full((X,), NV))
+    region = regions(maps, TILING)
+    views = [score.view for score in scored(maps, {}, region)]
     for view in views:
         assert view.equal == ([2 * X] * L if view.weighting == "centred" else [0] * L)
         assert view.irs == pytest.approx([0] * L, abs=1e-6)

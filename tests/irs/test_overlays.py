@@ -37,10 +37,10 @@ def panels(gazes: list[AttentionExample]) -> list[list[Axes]]:
     return [axes[3 * row : 3 * row + 3] for row in range(len(gazes))]
 
 
-def spike(at: int, height: float) -> np.ndarray:
-    found = np.full(16, 0.01, np.float32)
-    found[at] = height
-    return found
+def spike(token: int, height: float) -> np.ndarray:
+    weights = np.full(16, 0.01, np.float32)
+    weights[token] = height
+    return weights
 
 
 def test_heat_lies_where_the_attention_goes_on_one_scale_per_column() -> None:
@@ -81,10 +81,10 @@ def test_visual_tokens_that_are_no_square_are_refused() -> None:
 def test_image_is_shown_as_the_model_sees_it() -> None:
     processor = build_processor(["what"], Template(""), 32, 8)
     wide = Image.fromarray(np.hstack([np.zeros((20, 40, 3), np.uint8), np.full((20, 40, 3), 255, np.uint8)]))
-    seen = preprocessed_image(processor, wide)
-    assert seen.shape == (32, 32, 3)
-    assert seen[:, :12].max() < 20
-    assert seen[:, 20:].min() > 235
+    pixels = preprocessed_image(processor, wide)
+    assert pixels.shape == (32, 32, 3)
+    assert pixels[:, :12].max() < 20
+    assert pixels[:, 20:].min() > 235
 
 
 def test_curve_marks_the_winner_and_shows_every_layer() -> None:
@@ -111,8 +111,8 @@ def test_curve_shows_where_weights_point_beside_equal_ones() -> None:
     region = Region(images=9, questions=12, equal=0.0625, equal_ci95=(0.06, 0.065))
     irs, points = curve(layer_choice(1, [0.1, 0.3], views=views, region=region), LIGHT).axes
     assert irs.get_ylabel() == "IRS"
-    for container, wanted in zip(points.containers, shares.values(), strict=True):
-        np.testing.assert_allclose(container.lines[0].get_ydata(orig=False), wanted)
+    for container, expected in zip(points.containers, shares.values(), strict=True):
+        np.testing.assert_allclose(container.lines[0].get_ydata(orig=False), expected)
         assert container.has_yerr
     assert any(line.get_ydata()[0] == 0.0625 for line in points.lines if line.get_label() == "equal weights")
 
@@ -126,7 +126,7 @@ def test_without_a_grid_that_all_images_share_there_are_no_overlays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    seen = AttentionMaps(samples=[], attention={"all": torch.zeros(1, 0, 2, 8)}, tokens=torch.zeros(0))
+    maps = AttentionMaps(samples=[], attention={"all": torch.zeros(1, 0, 2, 8)}, tokens=torch.zeros(0))
     tiling = Tiling.of(toy.loaded("qwen2_vl").processor)
-    assert _overlays(tiling, seen, {}, layer_choice(0, [0.1]).picked, count=2) == []
+    assert _overlays(tiling, maps, {}, layer_choice(0, [0.1]).picked, count=2) == []
     assert "no overlays, for the teacher's visual tokens are no square grid" in capsys.readouterr().out

@@ -28,13 +28,13 @@ def test_a_cell_is_its_own_tokens() -> None:
 
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=3))
 @settings(max_examples=50, deadline=None)
-def test_shares_equal_a_count_of_pixels_and_overlapping_boxes_count_once(found: list) -> None:
+def test_shares_equal_a_count_of_pixels_and_overlapping_boxes_count_once(sides: list) -> None:
     inside = np.zeros((PX, PX))
-    for (left, right), (top, bottom) in found:
+    for (left, right), (top, bottom) in sides:
         inside[top:bottom, left:right] = 1
-    boxes = [(left / PX, top / PX, right / PX, bottom / PX) for (left, right), (top, bottom) in found]
-    wanted = [inside[y : y + PATCH, x : x + PATCH].mean() for y in range(0, PX, PATCH) for x in range(0, PX, PATCH)]
-    np.testing.assert_allclose(TILING.coverage(IMAGE, boxes), wanted, atol=1e-12)
+    boxes = [(left / PX, top / PX, right / PX, bottom / PX) for (left, right), (top, bottom) in sides]
+    expected = [inside[y : y + PATCH, x : x + PATCH].mean() for y in range(0, PX, PATCH) for x in range(0, PX, PATCH)]
+    np.testing.assert_allclose(TILING.coverage(IMAGE, boxes), expected, atol=1e-12)
 
 
 def test_a_box_smaller_than_a_pixel_is_still_somewhere() -> None:

@@ -123,15 +123,15 @@ def test_fewer_images_than_asked_for_are_all_used(samples: Samples) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "found"),
+    ("rows", "usable"),
     [
         ([row(0)], "1 of 1"),
         ([row(0, ["How many?"]), row(1, ["How many?"])], "0 of 2"),
         ([row(0), row(1, ["How many?"])], "1 of 2"),
     ],
 )
-def test_too_few_images_or_no_pair_is_refused(tmp_path: Path, rows: list[ImageRow], found: str) -> None:
-    with pytest.raises(DataError, match=f"{found} images have 3 different instructions.*params/irs.yaml"):
+def test_too_few_images_or_no_pair_is_refused(tmp_path: Path, rows: list[ImageRow], usable: str) -> None:
+    with pytest.raises(DataError, match=f"{usable} images have 3 different instructions.*params/irs.yaml"):
         draw_images(dataset(tmp_path, rows), SETTINGS)
 
 
@@ -162,50 +162,50 @@ def test_equal_images_of_several_rows_are_one_where_too_few_have_enough(tmp_path
 
 def test_attention_is_the_models_own(loaded: Loaded, samples: Samples, folder: Path) -> None:
     """Against eager maps: all rows after the image, and those of the question's own words."""
-    seen = attention_maps(loaded, samples, Template(""), SETTINGS)
-    assert {rows: tuple(found.shape) for rows, found in seen.attention.items()} == dict.fromkeys(
+    maps = attention_maps(loaded, samples, Template(""), SETTINGS)
+    assert {rows: tuple(weights.shape) for rows, weights in maps.attention.items()} == dict.fromkeys(
         ("all", "words"), (LAYERS, SETTINGS.images, SETTINGS.instructions_per_image, NV)
     )
-    assert seen.tokens.tolist() == [NV] * SETTINGS.images
+    assert maps.tokens.tolist() == [NV] * SETTINGS.images
     eager = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     tokenizer = loaded.processor.tokenizer
     for x, i in ((0, 0), (2, 1), (5, 2)):
-        sample = seen.samples[x][i]
+        sample = maps.samples[x][i]
         question = sample.turns[0].question.removeprefix("<image>\n")
         image = Image.open(io.BytesIO(sample.image or b""))
         inputs = loaded.processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
         ids = inputs["input_ids"][0]
         visual = ids == loaded.processor.image_token_id
         after = int(visual.nonzero().max()) + 1
-        own = [tokenizer.decode(token).strip() not in ("", "ASSISTANT:") for token in ids[after:]]
-        assert 0 < sum(own) < len(own)
+        words = [tokenizer.decode(token).strip() not in ("", "ASSISTANT:") for token in ids[after:]]
+        assert 0 < sum(words) < len(words)
         with torch.no_grad():
-            maps = eager(**inputs, output_attentions=True).attentions
+            eager_maps = eager(**inputs, output_attentions=True).attentions
         for layer in range(LAYERS):
-            over_rows = maps[layer][0][:, after:][:, :, visual].mean(0)
-            torch.testing.assert_close(seen.attention["all"][layer, x, i], over_rows.mean(0), atol=1e-6, rtol=1e-4)
-            torch.testing.assert_close(seen.attention["words"][layer, x, i], over_rows[own].mean(0), atol=1e-6, rtol=1e-4)
+            over_rows = eager_maps[layer][0][:, after:][:, :, visual].mean(0)
+            torch.testing.assert_close(maps.attention["all"][layer, x, i], over_rows.mean(0), atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(maps.attention["words"][layer, x, i], over_rows[words].mean(0), atol=1e-6, rtol=1e-4)
 
 
 def test_of_images_that_are_shown_together_each_is_its_own(loaded: Loaded, tmp_path: Path) -> None:
     """What is asked before the last of them is no instruction; weights go by what follows each."""
     turns = (Turn("<image>\nHow many?", "one"), Turn("<image>\nList all.", "two"), Turn("Is there a red one?", "one"))
     rows = [ImageRow(f"pair-{n}", png(n), ((f"{n}", "open", turns),), (png(n + 5),)) for n in range(2)]
-    asked = SETTINGS.model_copy(update={"instructions_per_image": 2})
-    seen = attention_maps(loaded, dataset(tmp_path, rows), Template(""), asked)
-    assert [len(of_image) for of_image in seen.samples] == [2] * 4 and seen.tokens.tolist() == [NV] * 4
-    assert {of_image[0].images for of_image in seen.samples} == {(png(n),) for n in (0, 1, 5, 6)}
-    assert seen.attention["all"].shape == (LAYERS, 4, 2, NV) and bool((seen.attention["words"].sum(-1) > 0).all())
-    first, second = seen.attention["all"][:, 0], seen.attention["all"][:, 1]
-    assert not torch.allclose(first, second) and rank(seen.attention["all"]).irs[0] > 0
+    settings = SETTINGS.model_copy(update={"instructions_per_image": 2})
+    maps = attention_maps(loaded, dataset(tmp_path, rows), Template(""), settings)
+    assert [len(of_image) for of_image in maps.samples] == [2] * 4 and maps.tokens.tolist() == [NV] * 4
+    assert {of_image[0].images for of_image in maps.samples} == {(png(n),) for n in (0, 1, 5, 6)}
+    assert maps.attention["all"].shape == (LAYERS, 4, 2, NV) and bool((maps.attention["words"].sum(-1) > 0).all())
+    first, second = maps.attention["all"][:, 0], maps.attention["all"][:, 1]
+    assert not torch.allclose(first, second) and rank(maps.attention["all"]).irs[0] > 0
 
 
 def test_batches_do_not_matter(loaded: Loaded, samples: Samples) -> None:
-    one, many = (
+    single, batched = (
         attention_maps(loaded, samples, Template(""), SETTINGS.model_copy(update={"batch_size": size})) for size in (1, 18)
     )
     for rows in ("all", "words"):
-        torch.testing.assert_close(one.attention[rows], many.attention[rows], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(single.attention[rows], batched.attention[rows], atol=1e-6, rtol=1e-4)
 
 
 def test_measure_ranks_the_layers(loaded: Loaded, samples: Samples) -> None:
@@ -271,26 +271,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Pa
     stale = root / "reports" / "irs" / "overlay_9.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier run")
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.chdir(root)
         patch.setenv("ALIGNTI_TRACKING_URI", "journal")
         patch.setenv("ALIGNTI_DEVICE", "cpu")
         patch.setenv("ALIGNTI_THREADS", "1")
         stage.main()
-    return root, said.getvalue()
+    return root, output.getvalue()
 
 
 def test_stage_writes_choice_curve_and_overlays(finished: tuple[Path, str], loaded: Loaded, samples: Samples) -> None:
-    root, said = finished
+    root, output = finished
     choice = LayerChoice.read(root / IRS / "layer.json")
     ranking = measure(loaded, samples, Template(""), SETTINGS)
     assert {name: getattr(choice, name) for name in vars(ranking)} == vars(ranking)
     assert (choice.images, choice.pairs) == (6, 6 * 3)
     assert (choice.picked.layer, choice.picked.weighting, choice.picked.rows) == (choice.layer, "mean", "all")
     assert choice.views[0].irs == choice.irs and choice.region is None and choice.grids == [f"{NV} tokens"]
-    kept = load_file(root / BACKGROUND)
-    assert {rows: tuple(found.shape) for rows, found in kept.items()} == dict.fromkeys(("all", "words"), (LAYERS, NV))
+    saved = load_file(root / BACKGROUND)
+    assert {rows: tuple(share.shape) for rows, share in saved.items()} == dict.fromkeys(("all", "words"), (LAYERS, NV))
     curve = json.loads((root / "reports/irs/curve.json").read_text(encoding="utf-8"))
     assert [point["layer"] for point in curve] == list(range(LAYERS))
     assert [point["irs"] for point in curve] == choice.irs
@@ -299,10 +299,10 @@ def test_stage_writes_choice_curve_and_overlays(finished: tuple[Path, str], load
     assert pictures == ["curve.png", "overlay_1.png", "overlay_2.png"], "and the stale one is gone"
     for name in pictures:
         assert min(Image.open(root / "reports/irs" / name).size) > 300
-    assert len(said.splitlines()) == 1
-    assert f"layer {choice.layer} has the highest IRS" in said
-    assert "18 pairs on 6 images" in said
-    assert "reports/irs" in said
+    assert len(output.splitlines()) == 1
+    assert f"layer {choice.layer} has the highest IRS" in output
+    assert "18 pairs on 6 images" in output
+    assert "reports/irs" in output
 
 
 def test_without_two_instructions_on_an_image_there_is_no_layer_and_only_arms_that_ask_are_refused(

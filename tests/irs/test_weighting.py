@@ -24,10 +24,10 @@ from tests.layers import layer_choice
 
 
 def by_loop(attention: list[float], background: list[float]) -> list[float]:
-    whole = sum(attention)
-    if whole == 0:
+    total = sum(attention)
+    if total == 0:
         return [0.0] * len(attention)
-    above = [max(value / whole - taken, 0) for value, taken in zip(attention, background, strict=True)]
+    above = [max(value / total - taken, 0) for value, taken in zip(attention, background, strict=True)]
     return [value / sum(above) for value in above] if sum(above) > 1e-6 else [0.0] * len(above)
 
 
@@ -38,11 +38,11 @@ def test_centred_equals_a_plain_loop(seed: int, tokens: int, rows: int) -> None:
     attention = torch.rand(rows, tokens, generator=random, dtype=torch.float64) ** 4
     attention[torch.rand(rows, generator=random) < 0.2] = 0
     background = shares(torch.rand(tokens, generator=random, dtype=torch.float64))
-    found = centred(attention, background)
-    wanted = [by_loop(row, background.tolist()) for row in attention.tolist()]
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
-    sums = found.sum(-1)
-    assert bool((found >= 0).all()) and bool((((sums - 1).abs() < 1e-9) | (sums == 0)).all())
+    weights = centred(attention, background)
+    expected = [by_loop(row, background.tolist()) for row in attention.tolist()]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+    sums = weights.sum(-1)
+    assert bool((weights >= 0).all()) and bool((((sums - 1).abs() < 1e-9) | (sums == 0)).all())
 
 
 def test_sinks_go_with_the_background_and_the_asked_place_stays() -> None:
@@ -58,9 +58,9 @@ def test_where_nothing_is_left_tokens_weigh_the_same_and_are_counted(attention: 
     rows = torch.tensor([attention + [0.0] * 4, other + attention, [0.0] * 8])
     weights = centred_in_batch(rows, torch.tensor([0.7, 0.1, 0.1, 0.1]), pictures, ["a", "b", "text"])
     assert int(count_unweighted_images(weights, pictures)) == 2
-    found = visual_weights(weights, pictures).unflatten(0, (3, 4))
-    torch.testing.assert_close(found[[0, 2]], torch.full((2, 4), 0.25))
-    assert float(found[1].sum()) == pytest.approx(1) and float(found[1].max()) > 0.5
+    per_image = visual_weights(weights, pictures).unflatten(0, (3, 4))
+    torch.testing.assert_close(per_image[[0, 2]], torch.full((2, 4), 0.25))
+    assert float(per_image[1].sum()) == pytest.approx(1) and float(per_image[1].max()) > 0.5
 
 
 def test_an_image_of_another_size_is_refused_by_name_and_text_alone_is_not() -> None:
@@ -92,23 +92,23 @@ def test_what_weighs_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match=r"background.safetensors is missing; `dvc repro search_layer`"):
         weighting(iva("searched"), choice)
     BACKGROUND.parent.mkdir(parents=True)
-    kept = {rows: torch.rand(2, 4) for rows in ("all", "words")}
-    save_file(kept, BACKGROUND)
-    found = weighting(iva("searched"), choice)
-    assert (found.layer, found.rows) == (0, "words") and found.background is not None
-    assert torch.equal(found.background, kept["words"][0])
-    assert found.digest is not None and found.digest != Weighting(0, "words", kept["all"][0]).digest
+    backgrounds = {rows: torch.rand(2, 4) for rows in ("all", "words")}
+    save_file(backgrounds, BACKGROUND)
+    searched = weighting(iva("searched"), choice)
+    assert (searched.layer, searched.rows) == (0, "words") and searched.background is not None
+    assert torch.equal(searched.background, backgrounds["words"][0])
+    assert searched.digest is not None and searched.digest != Weighting(0, "words", backgrounds["all"][0]).digest
 
 
 def test_the_live_teachers_weights_are_those_of_eager_maps() -> None:
     model = tiny.llava("qwen3", 3)
     batch = tiny.batch([(1, 3, 2), (0, 4, 2), (1, 1, 4)])
     background = shares(torch.rand(tiny.NV, generator=torch.Generator().manual_seed(0)))
-    found = {}
-    for name, taken in (("mean", None), ("centred", background)):
-        teacher = FrozenTeacher(VLM(model), 1, False, taken)
+    weights = {}
+    for name, subtracted in (("mean", None), ("centred", background)):
+        teacher = FrozenTeacher(VLM(model), 1, False, subtracted)
         with torch.no_grad():
-            found[name] = teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=True)[2]
+            weights[name] = teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=True)[2]
         assert int(teacher.equal_weights) == 0
     model.set_attn_implementation("eager")
     inputs = {name: getattr(batch, name) for name in ("input_ids", "pixel_values", "attention_mask")}
@@ -116,10 +116,10 @@ def test_the_live_teachers_weights_are_those_of_eager_maps() -> None:
         maps = model(**inputs, output_attentions=True).attentions[1].mean(1)
     for row in (0, 2):
         mean = maps[row][batch.instruction[row]][:, batch.visual[row]].mean(0)
-        torch.testing.assert_close(found["mean"][row], mean, rtol=1e-4, atol=1e-6)
-        wanted = torch.tensor(by_loop(mean.tolist(), background.tolist()))
-        torch.testing.assert_close(found["centred"][row], wanted, rtol=1e-3, atol=1e-5)
-    assert not found["centred"][1].any(), "no image, no weights"
+        torch.testing.assert_close(weights["mean"][row], mean, rtol=1e-4, atol=1e-6)
+        expected = torch.tensor(by_loop(mean.tolist(), background.tolist()))
+        torch.testing.assert_close(weights["centred"][row], expected, rtol=1e-3, atol=1e-5)
+    assert not weights["centred"][1].any(), "no image, no weights"
 
 
 def test_an_image_without_instruction_is_counted() -> None:

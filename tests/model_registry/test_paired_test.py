@@ -13,7 +13,7 @@ from components.model_registry.paired_test import MeasuredDifferently, majority_
 from components.records.dataset import Manifest, SplitRecord
 from components.records.evaluate import Fingerprint, Prediction
 
-ASKED = load_settings().evaluate.model_copy(update={"bootstrap_resamples": 500})
+SETTINGS = load_settings().evaluate.model_copy(update={"bootstrap_resamples": 500})
 MEASURED = Fingerprint(
     kit="alignti", kit_version="1", dataset="digits/test", dataset_hash="a", prompt_hash="b", decoding={}, judge="c",
     transformers="5", dtype="float32", device="cpu",
@@ -27,8 +27,8 @@ def answers(right: list[bool]) -> list[Prediction]:
     ]
 
 
-def run(ours: list[bool], theirs: list[bool], measured: Any = (MEASURED, MEASURED)) -> Any:
-    return paired_test(("new", "old"), (answers(ours), answers(theirs)), measured, ASKED)
+def run(new: list[bool], old: list[bool], measured: Any = (MEASURED, MEASURED)) -> Any:
+    return paired_test(("new", "old"), (answers(new), answers(old)), measured, SETTINGS)
 
 
 def test_the_most_frequent_answer_is_the_same_however_it_is_spelt() -> None:
@@ -40,12 +40,12 @@ def test_the_most_frequent_answer_is_the_same_however_it_is_spelt() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=4, max_size=40))
 def test_a_duel_is_the_same_seen_from_the_other_side(pairs: list[tuple[bool, bool]]) -> None:
-    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
-    one, other = run(ours, theirs), run(theirs, ours)
-    assert one.difference == pytest.approx(sum(ours) / len(ours) - sum(theirs) / len(theirs))
-    assert one.difference == pytest.approx(-other.difference)
-    assert one.ci95 == pytest.approx((-other.ci95[1], -other.ci95[0]))
-    assert one.p_value == other.p_value
+    new, old = [a for a, _ in pairs], [b for _, b in pairs]
+    forward, reverse = run(new, old), run(old, new)
+    assert forward.difference == pytest.approx(sum(new) / len(new) - sum(old) / len(old))
+    assert forward.difference == pytest.approx(-reverse.difference)
+    assert forward.ci95 == pytest.approx((-reverse.ci95[1], -reverse.ci95[0]))
+    assert forward.p_value == reverse.p_value
 
 
 def test_only_a_lead_beyond_chance_is_larger_than_noise() -> None:

@@ -123,15 +123,15 @@ def grid_row(number: int, rng: np.random.Generator) -> ImageRow:
     """A 2 x 2 grid of 8-pixel cells; a digit is a coloured bar as long as its value. Captions have three words per cell."""
     pixels = rng.integers(0, 20, (IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8)
     words, turns = [], []
-    for cell, place in enumerate(PLACES):
+    for cell, label in enumerate(PLACES):
         colour, digit = COLOURS[rng.integers(2)], int(rng.integers(-1, 3))
         if digit < 0:
-            words += [place, "empty", "cell"]
+            words += [label, "empty", "cell"]
             continue
         top, left = 8 * (cell // 2), 8 * (cell % 2)
         pixels[top + 2 : top + 6, left + 1 : left + 3 + 2 * digit] = RGB[colour]
-        words += [place, colour, DIGITS[digit]]
-        turns.append(("digit_at", f"What digit is at {place}?", DIGITS[digit]))
+        words += [label, colour, DIGITS[digit]]
+        turns.append(("digit_at", f"What digit is at {label}?", DIGITS[digit]))
     turns.append(("count", "How many digits?", ["no", "one", "two", "three", "four"][len(turns)]))
     turns.append(("exist", "Is there a digit?", "yes" if len(turns) > 1 else "no"))
     turns.append(("caption", "Describe the grid.", " ".join(words)))

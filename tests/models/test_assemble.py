@@ -21,8 +21,8 @@ from components.models.template import Template
 from tests.families.parts import PX, qwen_folder, siglip_folder
 from tests.models.conftest import png, sample
 
-HERE = Checkpoint(source="", revision=None)
-PARTS = Parts(tower=HERE, language_model=HERE, feature_layer=-2, seed=1)
+LOCAL = Checkpoint(source="", revision=None)
+PARTS = Parts(tower=LOCAL, language_model=LOCAL, feature_layer=-2, seed=1)
 PIXELS = torch.randn(1, 3, PX, PX, generator=torch.Generator().manual_seed(0))
 
 
@@ -43,40 +43,40 @@ LANGUAGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", LANGUAGES)
 def test_it_is_the_parts_and_a_projector(case: str, tower: Path, tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "qwen", **LANGUAGES[case])
-    made = assemble(tower, folder, PARTS, "", tmp_path / "students/made")
-    llava, report = tf.AutoModelForImageTextToText.from_pretrained(made, output_loading_info=True)
+    output = assemble(tower, folder, PARTS, "", tmp_path / "students/made")
+    llava, report = tf.AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
     assert type(llava) is tf.LlavaForConditionalGeneration and not any(
         report[key] for key in ("missing_keys", "unexpected_keys")
     )
-    language, whole = tf.AutoModelForCausalLM.from_pretrained(folder), tf.SiglipModel.from_pretrained(tower)
+    language, siglip = tf.AutoModelForCausalLM.from_pretrained(folder), tf.SiglipModel.from_pretrained(tower)
 
-    tokenizer, own = tf.AutoProcessor.from_pretrained(made).tokenizer, tf.AutoTokenizer.from_pretrained(folder)
+    tokenizer, qwen = tf.AutoProcessor.from_pretrained(output).tokenizer, tf.AutoTokenizer.from_pretrained(folder)
     text = "USER: what digit is at a1 ? ASSISTANT: two"
-    ids = own(text, return_tensors="pt").input_ids
+    ids = qwen(text, return_tensors="pt").input_ids
     assert torch.equal(ids, tokenizer(text, return_tensors="pt").input_ids)
     rows = language.config.vocab_size
     torch.testing.assert_close(llava(input_ids=ids).logits[..., :rows], language(input_ids=ids).logits)
 
-    seen = whole.vision_model(PIXELS, output_hidden_states=True).hidden_states[-2]
+    hidden = siglip.vision_model(PIXELS, output_hidden_states=True).hidden_states[-2]
     projector = llava.model.multi_modal_projector
-    expected = projector.linear_2(torch.nn.functional.gelu(projector.linear_1(seen)))
+    expected = projector.linear_2(torch.nn.functional.gelu(projector.linear_1(hidden)))
     features = llava.model.get_image_features(pixel_values=PIXELS, return_dict=True).pooler_output
     torch.testing.assert_close(torch.stack(list(features)), expected)
 
-    known = set(own.get_vocab().values())
-    assert llava.config.image_token_id not in known and tokenizer.eos_token == "<|endoftext|>" != tokenizer.pad_token
-    fits = len(own) + 1 + ("pads" in LANGUAGES[case]) <= rows
+    vocabulary = set(qwen.get_vocab().values())
+    assert llava.config.image_token_id not in vocabulary and tokenizer.eos_token == "<|endoftext|>" != tokenizer.pad_token
+    fits = len(qwen) + 1 + ("pads" in LANGUAGES[case]) <= rows
     assert llava.lm_head.weight.shape[0] == (rows if fits else len(tokenizer))
     assert (llava.lm_head.weight is llava.get_input_embeddings().weight) == LANGUAGES[case].get("tied", False)
 
 
 def test_a_conversation_of_it_is_the_papers(tower: Path, tmp_path: Path) -> None:
-    made = assemble(tower, qwen_folder(tmp_path / "qwen", chat=True), PARTS, "A chat.", tmp_path / "students/made")
-    student = load(made, "cpu")
+    folder = assemble(tower, qwen_folder(tmp_path / "qwen", chat=True), PARTS, "A chat.", tmp_path / "students/made")
+    student = load(folder, "cpu")
     check_images(student)
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit ?"}]}]
-    asked.append({"role": "assistant", "content": [{"type": "text", "text": "two"}]})
-    written = student.processor.apply_chat_template(asked, tokenize=False)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit ?"}]}]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "two"}]})
+    written = student.processor.apply_chat_template(messages, tokenize=False)
     assert written == "A chat. USER: <image>\nwhat digit ? ASSISTANT: two<|endoftext|>"
     batch = Collator(student.processor, Template("A chat."), 200, train=True)([sample(("what digit ?", "two"))])
     tokenizer = student.processor.tokenizer
@@ -89,34 +89,34 @@ def test_a_conversation_of_it_is_the_papers(tower: Path, tmp_path: Path) -> None
 
 def test_the_same_parts_are_the_same_bytes_wherever_they_lie(tower: Path, tmp_path: Path) -> None:
     first = qwen_folder(tmp_path / "qwen")
-    made = assemble(tower, first, PARTS, "", tmp_path / "a/made")
+    output = assemble(tower, first, PARTS, "", tmp_path / "a/made")
     torch.randn(3)
     shutil.copytree(first, tmp_path / "elsewhere")
     again = assemble(shutil.copytree(tower, tmp_path / "tower"), tmp_path / "elsewhere", PARTS, "", tmp_path / "b/made")
-    assert sha256([made]) == sha256([again])
+    assert sha256([output]) == sha256([again])
     other = assemble(tower, first, PARTS.model_copy(update={"seed": 2}), "", tmp_path / "c/made")
-    assert sha256([other]) != sha256([made])
-    assert sorted(path.name for path in made.glob("LICENSE*")) == ["LICENSE.tower"]
+    assert sha256([other]) != sha256([output])
+    assert sorted(path.name for path in output.glob("LICENSE*")) == ["LICENSE.tower"]
 
 
 def test_parts_keep_the_precision_that_they_are_stored_in(tower: Path, tmp_path: Path) -> None:
     half = qwen_folder(tmp_path / "qwen", dtype=torch.bfloat16)
-    made = assemble(tower, half, PARTS, "", tmp_path / "a/made")
+    output = assemble(tower, half, PARTS, "", tmp_path / "a/made")
     from safetensors import safe_open
 
-    with safe_open(made / "model.safetensors", framework="pt") as stored:
+    with safe_open(output / "model.safetensors", framework="pt") as stored:
         kinds = {(key.split(".")[0], stored.get_slice(key).get_dtype()) for key in stored.keys()}  # noqa: SIM118
     assert kinds == {("language_model", "BF16"), ("vision_tower", "F32"), ("multi_modal_projector", "F32")}
-    assert tf.AutoModelForImageTextToText.from_pretrained(made).dtype == torch.float32  # as the most exact of them is
+    assert tf.AutoModelForImageTextToText.from_pretrained(output).dtype == torch.float32  # as the most exact of them is
 
 
 def test_a_teacher_of_parts_teaches_a_student_of_parts(tower: Path, tmp_path: Path) -> None:
     vision = siglip_folder(tmp_path / "vision", whole=False)
-    made = [
+    folders = [
         assemble(vision, qwen_folder(tmp_path / f"q{hidden}", "qwen3", hidden=hidden, spare=spare), PARTS, "", tmp_path / name)
         for name, hidden, spare in (("teacher", 48, 24), ("student", 32, 8))
     ]
-    teacher, student = (load(folder, "cpu") for folder in made)
+    teacher, student = (load(folder, "cpu") for folder in folders)
     assert check_pair(teacher, student) == student.vocabulary < teacher.vocabulary
 
 
@@ -145,8 +145,8 @@ def test_parts_of_another_kind_are_refused_in_one_sentence(tower: Path, tmp_path
     deep = shutil.copytree(language, tmp_path / "deep")
     edited(deep, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     cases.append(((tower, deep, PARTS), r"weights are missing or of another shape"))
-    for (eyes, words, parts), said in cases:
-        with pytest.raises(ModelError, match=said) as refusal:
+    for (eyes, words, parts), message in cases:
+        with pytest.raises(ModelError, match=message) as refusal:
             assemble(eyes, words, parts, "", tmp_path / "made")
         assert "\n" not in str(refusal.value)
         assert not (tmp_path / "made").exists()

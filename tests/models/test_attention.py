@@ -42,18 +42,18 @@ def test_equals_eager_attention_under_grouped_heads_and_rotary(family: str, samp
     """Unpadded batches reach the kernel without a mask: the probe has to be causal by itself."""
     vlm = VLM(tiny.llava(family, 3, layers=3))
     b = tiny.batch(samples)
-    seen = probed(vlm, b, [0, 1, 2])
-    for layer, wanted in enumerate(eager_maps(vlm, b)):
-        torch.testing.assert_close(seen[layer], wanted, rtol=1e-4, atol=1e-6)
+    maps = probed(vlm, b, [0, 1, 2])
+    for layer, expected in enumerate(eager_maps(vlm, b)):
+        torch.testing.assert_close(maps[layer], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_sliding_window_is_respected() -> None:
     vlm = VLM(tiny.llava("qwen2", 3, use_sliding_window=True, sliding_window=4, max_window_layers=0))
     b = tiny.batch(SAMPLES)
-    seen = probed(vlm, b, [0, 1])
-    for layer, wanted in enumerate(eager_maps(vlm, b)):
-        torch.testing.assert_close(seen[layer], wanted, rtol=1e-4, atol=1e-6)
-    assert seen[0][0, 0] == 0 < seen[0][0, -1]  # the window hides the first visual token and not the last
+    maps = probed(vlm, b, [0, 1])
+    for layer, expected in enumerate(eager_maps(vlm, b)):
+        torch.testing.assert_close(maps[layer], expected, rtol=1e-4, atol=1e-6)
+    assert maps[0][0, 0] == 0 < maps[0][0, -1]  # the window hides the first visual token and not the last
 
 
 def test_watching_leaves_the_outputs_alone_and_only_watched_layers_are_seen() -> None:
@@ -61,14 +61,14 @@ def test_watching_leaves_the_outputs_alone_and_only_watched_layers_are_seen() ->
     b = tiny.batch(SAMPLES)
     with torch.no_grad():
         features = vlm.features(b)
-        before, _ = vlm.plain(b, features, keep=False)
-        look = AttentionProbe.from_masks(b.instruction, b.pictures)
-        with probing(vlm.model, [1], look):
-            during, _ = vlm.plain(b, features, keep=False)
-        after, _ = vlm.plain(b, features, keep=False)
-    torch.testing.assert_close(during, before)
-    torch.testing.assert_close(after, before)
-    assert list(look.maps) == [1]
+        unprobed, _ = vlm.plain(b, features, keep=False)
+        probe = AttentionProbe.from_masks(b.instruction, b.pictures)
+        with probing(vlm.model, [1], probe):
+            probed_output, _ = vlm.plain(b, features, keep=False)
+        unprobed_again, _ = vlm.plain(b, features, keep=False)
+    torch.testing.assert_close(probed_output, unprobed)
+    torch.testing.assert_close(unprobed_again, unprobed)
+    assert list(probe.maps) == [1]
     assert vlm.model.config.get_text_config()._attn_implementation == IMPLEMENTATION
     assert vlm.model.config.vision_config._attn_implementation == "sdpa"
 

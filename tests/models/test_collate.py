@@ -135,10 +135,10 @@ def test_masks_hold_for_any_turns(kind: str, turns: list[tuple[str, str]], image
     assert not (response & instruction).any() and not (response & visual).any() and not (instruction & visual).any()
     assert not ((response | instruction | visual) & (batch.attention_mask[0] == 0)).any()
     assert visual.sum() == (NV if image else 0)
-    said = [text.strip() for text in tokenizer.decode(ids[response]).split(eos)]
-    assert said == [answer for _, answer in turns] + [""]
-    asked = tokenizer.decode(ids[instruction], clean_up_tokenization_spaces=False)
-    assert all(question in asked for question, _ in turns) if image else not instruction.any()
+    answers = [text.strip() for text in tokenizer.decode(ids[response]).split(eos)]
+    assert answers == [answer for _, answer in turns] + [""]
+    instructions = tokenizer.decode(ids[instruction], clean_up_tokenization_spaces=False)
+    assert all(question in instructions for question, _ in turns) if image else not instruction.any()
     if image:  # every token from the image on is exactly one of the three
         start = visual.nonzero()[0, 0]
         assert ((response | instruction | visual) == (batch.attention_mask[0] == 1))[start:].all()
@@ -171,11 +171,11 @@ def test_images_are_those_of_the_samples_that_have_one(processor) -> None:
 def test_cache_never_outgrows_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     collator = Collator(PROCESSORS["words"], TEMPLATE, 200, train=True)
     samples = [sample(("what ?", "no"), name=f"s{i}") for i in range(4)]
-    one = 3 * 16 * 16 * 4  # bytes of pixels
-    monkeypatch.setattr(collate, "PIXEL_CACHE_BYTES", 2 * one)
-    whole = collator(samples).pixel_values
-    assert collator._processed_bytes == 2 * one and len(collator._processed) == 2
-    assert torch.equal(collator(samples).pixel_values, whole)
+    image_bytes = 3 * 16 * 16 * 4  # bytes of pixels
+    monkeypatch.setattr(collate, "PIXEL_CACHE_BYTES", 2 * image_bytes)
+    pixels = collator(samples).pixel_values
+    assert collator._processed_bytes == 2 * image_bytes and len(collator._processed) == 2
+    assert torch.equal(collator(samples).pixel_values, pixels)
 
 
 def test_model_reads_the_batch(processor) -> None:
@@ -210,10 +210,10 @@ def test_bad_samples_are_refused_by_name(case: str) -> None:
     assert message in str(refusal.value)
 
 
-@pytest.mark.parametrize("look", ["<|endoftext|>", "<pad>", "<image >", "a<|endoftext|><|endoftext|>"])
-def test_what_looks_like_a_special_token_is_plain_text(processor, look: str) -> None:
+@pytest.mark.parametrize("lookalike", ["<|endoftext|>", "<pad>", "<image >", "a<|endoftext|><|endoftext|>"])
+def test_what_looks_like_a_special_token_is_plain_text(processor, lookalike: str) -> None:
     collator, prompts = (Collator(processor, TEMPLATE, 200, train=train) for train in (True, False))
-    odd = sample((f"what {look} ?", f"no {look} yes"), ("is it ?", "yes"))
+    odd = sample((f"what {lookalike} ?", f"no {lookalike} yes"), ("is it ?", "yes"))
     batch = collator([odd, TWO_TURNS])
     tokenizer, ids = processor.tokenizer, batch.input_ids[0]
     assert ids[batch.response[0]].tolist().count(tokenizer.eos_token_id) == 2
@@ -224,7 +224,7 @@ def test_what_looks_like_a_special_token_is_plain_text(processor, look: str) -> 
     assert ids[:start].tolist() == prompt.tolist() and tokenizer.eos_token_id not in prompt
     assert torch.equal(batch.input_ids[1], collator([TWO_TURNS, odd]).input_ids[0])
     if processor is PROCESSORS["bpe"]:
-        assert look in tokenizer.decode(prompt) and look in tokenizer.decode(ids[batch.response[0]])
+        assert lookalike in tokenizer.decode(prompt) and lookalike in tokenizer.decode(ids[batch.response[0]])
 
 
 @pytest.mark.parametrize("answer", [" no", "\n\nno", "no \n", "\tno"])
@@ -241,8 +241,8 @@ def test_odd_but_sound_samples_have_a_defined_batch(processor) -> None:
     assert texts.response.any(1).all()
     image_only = collator([replace(TWO_TURNS, turns=(Turn("<image>", "no"),))])
     assert image_only.visual.sum() == NV
-    said = processor.tokenizer.decode(image_only.input_ids[0][image_only.instruction[0]])
-    assert said.strip() == "ASSISTANT:", "what follows the image is then the template's own words"
+    instruction = processor.tokenizer.decode(image_only.input_ids[0][image_only.instruction[0]])
+    assert instruction.strip() == "ASSISTANT:", "what follows the image is then the template's own words"
     assert image_only.response.sum() >= 2  # an answer and its EOS
 
 

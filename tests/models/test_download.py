@@ -40,20 +40,20 @@ def test_hub_snapshot_is_pinned_filtered_and_linked(local: Path, tmp_path: Path,
     snapshot.mkdir(parents=True)
     for file in (f for f in local.iterdir() if f.is_file()):
         (snapshot / file.name).symlink_to(file)
-    asked = {}
+    request = {}
 
     def download(source: str, **options) -> str:
-        asked.update(options, source=source)
+        request.update(options, source=source)
         return str(snapshot)
 
     monkeypatch.setattr(module, "snapshot_download", download)
     target = obtain(Checkpoint(source="org/model", revision=COMMIT), tmp_path / "teachers" / "theirs")
-    assert asked["source"] == "org/model" and asked["revision"] == COMMIT
-    assert not any("bin" in p or ".pt" in p or ".py" in p for p in asked["allow_patterns"]) and asked["ignore_patterns"] == [
-        "*/*"
-    ]
+    assert request["source"] == "org/model" and request["revision"] == COMMIT
+    assert not any("bin" in p or ".pt" in p or ".py" in p for p in request["allow_patterns"]) and request[
+        "ignore_patterns"
+    ] == ["*/*"]
     locate(Checkpoint(source="org/model", revision=COMMIT), weights=False)
-    assert "*.json" in asked["allow_patterns"] and not any("safetensors" in p for p in asked["allow_patterns"])
+    assert "*.json" in request["allow_patterns"] and not any("safetensors" in p for p in request["allow_patterns"])
     weights = target / "model.safetensors"
     assert not weights.is_symlink() and weights.samefile(local / "model.safetensors")
     assert not (target / "optimizer.pt").exists()

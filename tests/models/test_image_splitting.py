@@ -22,17 +22,17 @@ def test_an_image_is_one_tile_whatever_its_shape(family: str, layout: str, tmp_p
     folder = tmp_path / "model"
     shutil.copytree(toy.folder(family), folder)
     assert visual_tokens(load_processor(folder)) is None
-    before = (folder / "processor_config.json").read_text()
+    original = (folder / "processor_config.json").read_text()
     if layout == "preprocessor_config.json":  # as released repositories have it
         load_processor(folder).image_processor.save_pretrained(folder)
-        kept = {key: value for key, value in json.loads(before).items() if key != "image_processor"}
-        (folder / "processor_config.json").write_text(json.dumps(kept))
+        rest = {key: value for key, value in json.loads(original).items() if key != "image_processor"}
+        (folder / "processor_config.json").write_text(json.dumps(rest))
     (folder / "linked").hardlink_to(folder / layout)
     disable_image_splitting(folder)
     processor = load_processor(folder)
     assert visual_tokens(processor) == 4
     assert preprocessed_image(processor, toy.image(40, 20)).shape == (16, 16, 3)
-    assert layout != "processor_config.json" or (folder / "linked").read_text() == before  # the hub's own copy
+    assert layout != "processor_config.json" or (folder / "linked").read_text() == original  # the hub's own copy
 
 
 def test_a_family_that_has_no_such_switch_is_told(tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ def test_pair_of_bpe(tmp_path: Path) -> None:
 def test_tokens_that_only_one_tokenizer_has_at_its_end_are_not_shared(tmp_path: Path) -> None:
     longer = word_processor()
     longer.tokenizer.add_tokens(["extra", "more"])
-    known = len(word_processor().tokenizer)
-    assert pair(tmp_path, longer, word_processor(), columns=(known + 8, known + 8)) == known
+    shared = len(word_processor().tokenizer)
+    assert pair(tmp_path, longer, word_processor(), columns=(shared + 8, shared + 8)) == shared
 
 
 def test_disagreeing_tokenizers_are_refused_with_both_names_and_the_first_entry(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def place(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the shipped params and the tiny data set."""
     shutil.copytree(ROOT / "params", tmp_path / "params")
     shutil.copytree(dataset, tmp_path / "artifacts" / "dataset")
@@ -31,13 +31,13 @@ def place(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def set_models(place: Path, **settings: object) -> None:
-    (place / "params" / "models.yaml").write_text(yaml.safe_dump({**json.loads(family(2).model_dump_json()), **settings}))
+def set_models(root: Path, **settings: object) -> None:
+    (root / "params" / "models.yaml").write_text(yaml.safe_dump({**json.loads(family(2).model_dump_json()), **settings}))
 
 
-def test_embedded_family_is_indexed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    set_models(place)
-    (place / MODELS / "teachers" / "stale").mkdir(parents=True)
+def test_embedded_family_is_indexed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_models(root)
+    (root / MODELS / "teachers" / "stale").mkdir(parents=True)
     main()
     index = ModelIndex.read(MODELS / "index.json")
     assert sorted(index.teachers) == ["base", "small"] and sorted(index.students) == ["student"]
@@ -51,22 +51,22 @@ def test_embedded_family_is_indexed(place: Path, capsys: pytest.CaptureFixture[s
     assert re.fullmatch(rf"obtain_models: {sizes} parameters; in .* s -> artifacts/models/index.json", last)
 
 
-def test_pretrained_family_is_indexed(place: Path) -> None:
-    folder = saved(place / "theirs", word_processor())
-    theirs = {"source": str(folder), "revision": None}
-    pretrained = {"teachers": {"theirs": theirs}, "students": {"student": theirs}}
-    set_models(place, family="pretrained", embedded=None, pretrained=pretrained)
+def test_pretrained_family_is_indexed(root: Path) -> None:
+    folder = saved(root / "theirs", word_processor())
+    checkpoint = {"source": str(folder), "revision": None}
+    pretrained = {"teachers": {"theirs": checkpoint}, "students": {"student": checkpoint}}
+    set_models(root, family="pretrained", embedded=None, pretrained=pretrained)
     main()
     entry = ModelIndex.read(MODELS / "index.json").teachers["theirs"]
     assert (entry.origin, entry.revision, entry.visual_tokens) == (str(folder), None, NV)
 
 
-def test_models_made_of_parts_and_cut_from_a_teacher_are_indexed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tower, words = siglip_folder(place / "siglip"), qwen_folder(place / "qwen", "qwen3")
+def test_models_made_of_parts_and_cut_from_a_teacher_are_indexed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower, words = siglip_folder(root / "siglip"), qwen_folder(root / "qwen", "qwen3")
     parts = {"tower": str(tower), "language_model": str(words)}
-    made = {name: {"source": source, "revision": None} for name, source in parts.items()} | {"feature_layer": -2, "seed": 1}
-    students = {"student": made, "cut": {"teacher": "made", "every": 2, "mlp": 16}}
-    set_models(place, family="pretrained", embedded=None, pretrained={"teachers": {"made": made}, "students": students})
+    spec = {name: {"source": source, "revision": None} for name, source in parts.items()} | {"feature_layer": -2, "seed": 1}
+    students = {"student": spec, "cut": {"teacher": "made", "every": 2, "mlp": 16}}
+    set_models(root, family="pretrained", embedded=None, pretrained={"teachers": {"made": spec}, "students": students})
     main()
     index = ModelIndex.read(MODELS / "index.json")
     teacher, student, less = index.teachers["made"], index.students["student"], index.students["cut"]
@@ -77,9 +77,9 @@ def test_models_made_of_parts_and_cut_from_a_teacher_are_indexed(place: Path, ca
     assert teacher.parameters - less.parameters == layer + 3 * hidden * (48 + 48 - 16)
 
 
-def test_a_refusal_is_one_sentence_and_leaves_no_index(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_is_one_sentence_and_leaves_no_index(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrained = {role: {"student": {"source": "nowhere", "revision": None}} for role in ("teachers", "students")}
-    set_models(place, family="pretrained", embedded=None, pretrained=pretrained)
+    set_models(root, family="pretrained", embedded=None, pretrained=pretrained)
     with pytest.raises(SystemExit) as end:
         exit_from(main)
     assert end.value.code == 2
@@ -105,5 +105,5 @@ def test_room_imports_without_the_pipelines_packages() -> None:
     modules = [f"components.models.{path.stem}" for path in sorted((ROOT / "components" / "models").glob("*.py"))]
     packages = ["dvc", "prefect", "mlflow", "matplotlib", "typer", "ruamel"]
     code = f"import sys, {', '.join(modules)}\nprint([name for name in {packages} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"

@@ -25,7 +25,7 @@ from tests.families import toy
 LAYERS = 3  # Qwen3-VL's toy has one more
 
 
-def asked(every: int = 1, mlp: int | None = None) -> Cut:
+def spec(every: int = 1, mlp: int | None = None) -> Cut:
     return Cut(teacher="t", every=every, mlp=mlp)
 
 
@@ -36,7 +36,7 @@ def logits(model: Any, family: str) -> Tensor:
     return view.head(hidden)
 
 
-def opened(folder: Path) -> Any:
+def load_model(folder: Path) -> Any:
     return load(folder, "cpu", torch.float64).model
 
 
@@ -44,14 +44,14 @@ def opened(folder: Path) -> Any:
 def test_a_cut_is_the_teacher_without_what_is_left_out(family: str, tmp_path: Path) -> None:
     """Nothing: the same logits. Else the reference: layers taken out of the live teacher, lesser neurons' columns set to 0."""
     teacher = toy.folder(family, 1, LAYERS)
-    whole = cut(teacher, asked(), tmp_path / "students/whole")
-    reference = opened(teacher)
-    torch.testing.assert_close(logits(opened(whole), family), logits(reference, family), rtol=1e-6, atol=1e-6)
-    assert {file.name for file in whole.iterdir()} == {file.name for file in teacher.iterdir()}
-    assert (whole / "config.json").read_text() == (teacher / "config.json").read_text()
+    uncut = cut(teacher, spec(), tmp_path / "students/whole")
+    reference = load_model(teacher)
+    torch.testing.assert_close(logits(load_model(uncut), family), logits(reference, family), rtol=1e-6, atol=1e-6)
+    assert {file.name for file in uncut.iterdir()} == {file.name for file in teacher.iterdir()}
+    assert (uncut / "config.json").read_text() == (teacher / "config.json").read_text()
 
     every = 1 if family == "qwen3_vl" else 2
-    student = opened(cut(teacher, asked(every, mlp=20), tmp_path / "students/cut"))
+    student = load_model(cut(teacher, spec(every, mlp=20), tmp_path / "students/cut"))
     _silence(reference, every, 20)
     assert len(student.get_decoder().layers) == len(reference.get_decoder().layers)
     assert student.get_decoder().layers[0].mlp.gate_proj.weight.shape[0] == 20
@@ -64,21 +64,21 @@ def _silence(model: Any, every: int, mlp: int) -> None:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[::every]
     text.num_hidden_layers = len(decoder.layers)
-    for place, layer in enumerate(decoder.layers):
-        layer.self_attn.layer_idx = place
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = index
         gate, up, down = (getattr(layer.mlp, f"{part}_proj").weight.data for part in ("gate", "up", "down"))
         sizes = gate.square().sum(1) + up.square().sum(1) + down.square().sum(0)
         down[:, sizes.argsort()[:-mlp]] = 0
 
 
 def test_windows_stay_with_their_layers(tmp_path: Path) -> None:
-    student = cut(toy.folder("gemma3", 1, LAYERS), asked(every=2), tmp_path / "students/cut")
+    student = cut(toy.folder("gemma3", 1, LAYERS), spec(every=2), tmp_path / "students/cut")
     text = json.loads((student / "config.json").read_text())["text_config"]
     assert text["layer_types"] == ["sliding_attention"] * 2 and text["num_hidden_layers"] == 2
 
 
 def test_stock_transformers_opens_it_whole(tmp_path: Path) -> None:
-    student = cut(toy.folder("internvl", 1, LAYERS), asked(every=2, mlp=16), tmp_path / "students/cut")
+    student = cut(toy.folder("internvl", 1, LAYERS), spec(every=2, mlp=16), tmp_path / "students/cut")
     _, report = AutoModelForImageTextToText.from_pretrained(student, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
@@ -89,30 +89,30 @@ def test_the_largest_neurons_in_their_order(neurons: int, width: int, data: st.D
     count = data.draw(st.integers(1, neurons))
     grid = st.lists(st.integers(-2, 2), min_size=3 * neurons * width, max_size=3 * neurons * width)
     gate, up, down = torch.tensor(data.draw(grid), dtype=torch.float32).view(3, neurons, width)
-    kept = largest_neurons(gate, up, down.T, count).tolist()
+    largest = largest_neurons(gate, up, down.T, count).tolist()
     sizes = [float(gate[i].square().sum() + up[i].square().sum() + down[i].square().sum()) for i in range(neurons)]
-    assert kept == sorted(sorted(range(neurons), key=lambda i: (-sizes[i], i))[:count])
+    assert largest == sorted(sorted(range(neurons), key=lambda i: (-sizes[i], i))[:count])
 
 
 @pytest.mark.parametrize(
-    ("change", "every", "mlp", "said"),
+    ("change", "every", "mlp", "message"),
     [
         ({"model_type": "qwen3_moe"}, 2, None, "of type 'qwen3_moe', which is not cut"),
         ({}, 1, 100, "have 48 neurons, fewer than mlp: 100"),
         ({"deepstack": [0, 1]}, 2, None, "image features enter its first 2 layers"),
     ],
 )
-def test_what_cannot_be_cut_exactly_is_refused(change: dict[str, Any], every: int, mlp: int | None, said: str) -> None:
+def test_what_cannot_be_cut_exactly_is_refused(change: dict[str, Any], every: int, mlp: int | None, message: str) -> None:
     kind = change.get("model_type", "qwen3")
     text = SimpleNamespace(model_type=kind, intermediate_size=48, num_hidden_layers=4)
     vision = SimpleNamespace(deepstack_visual_indexes=change.get("deepstack"))
     config = SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
-    with pytest.raises(ModelError, match=said):
-        _kept_layers(config, asked(every, mlp), Path("theirs"))
+    with pytest.raises(ModelError, match=message):
+        _kept_layers(config, spec(every, mlp), Path("theirs"))
 
 
 def test_a_teacher_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     teacher = shutil.copytree(toy.folder("llava", 1, LAYERS), tmp_path / "teacher")
     (teacher / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no \*.safetensors weights"):
-        cut(teacher, asked(), tmp_path / "cut")
+        cut(teacher, spec(), tmp_path / "cut")

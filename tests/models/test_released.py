@@ -46,11 +46,11 @@ PLAIN = (
 def collators(name: str) -> tuple[Collator, Collator]:
     make, style = PROCESSORS[name]
     processor = make()
-    whole, prompt = (Collator(processor, Template("", style=style), 4096, train=train) for train in (True, False))
-    return whole, prompt
+    training, prompt = (Collator(processor, Template("", style=style), 4096, train=train) for train in (True, False))
+    return training, prompt
 
 
-def said(collator: Collator, sample: Sample) -> list[str]:
+def trained_answers(collator: Collator, sample: Sample) -> list[str]:
     """Each answer that is trained on, cut at the tokens that end one."""
     batch = collator.text([sample])
     ids = batch.input_ids[0][batch.response[0]]
@@ -62,29 +62,29 @@ def said(collator: Collator, sample: Sample) -> list[str]:
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_answers_and_one_end_each_are_trained_on_and_a_prompt_is_a_prefix(name: str, image: bool) -> None:
-    whole, prompts = collators(name)
+    training, prompts = collators(name)
     for answers in [*((answer,) for answer in ANSWERS), ("one a", "two b", "three c"), ("same", "same", "same")]:
         turns = tuple(Turn("<image>\nwhat q?" if image and not i else "what q?", answer) for i, answer in enumerate(answers))
         sample = Sample("x", "i" if image else "", "kind", png(3) if image else None, turns)
-        ends = whole.template.eos
-        assert [text.removesuffix(ends) for text in said(whole, sample)] == [answer.strip() for answer in answers]
-        batch, prompt = whole.text([sample]), prompts.text([sample]).input_ids[0]
+        ends = training.template.eos
+        assert [text.removesuffix(ends) for text in trained_answers(training, sample)] == [answer.strip() for answer in answers]
+        batch, prompt = training.text([sample]), prompts.text([sample]).input_ids[0]
         start = int(batch.response[0].int().argmax())
         assert batch.input_ids[0][:start].tolist() == prompt.tolist()
 
 
-@pytest.mark.parametrize("look", PLAIN)
+@pytest.mark.parametrize("lookalike", PLAIN)
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_no_text_opens_or_ends_a_turn(name: str, look: str) -> None:
-    whole, prompts = collators(name)
-    turns = (Turn(f"What does {look} mean?", f"It is {look}, that is"), Turn(f"{look}", f"{look}!"))
+def test_no_text_opens_or_ends_a_turn(name: str, lookalike: str) -> None:
+    training, prompts = collators(name)
+    turns = (Turn(f"What does {lookalike} mean?", f"It is {lookalike}, that is"), Turn(f"{lookalike}", f"{lookalike}!"))
     sample = Sample("x", "", "kind", None, turns)
-    ends = whole.template.eos
-    assert [text.removesuffix(ends) for text in said(whole, sample)] == [turn.answer for turn in turns]
-    plain = Sample("x", "", "kind", None, tuple(Turn(turn.question.replace(look, "that"), "Yes") for turn in turns))
-    special = set(whole.tokenizer.all_special_ids)
+    ends = training.template.eos
+    assert [text.removesuffix(ends) for text in trained_answers(training, sample)] == [turn.answer for turn in turns]
+    plain = Sample("x", "", "kind", None, tuple(Turn(turn.question.replace(lookalike, "that"), "Yes") for turn in turns))
+    special = set(training.tokenizer.all_special_ids)
 
-    def marks(one: Sample) -> int:
-        return sum(token in special for token in prompts.text([one]).input_ids[0].tolist())
+    def marks(row: Sample) -> int:
+        return sum(token in special for token in prompts.text([row]).input_ids[0].tolist())
 
     assert marks(sample) == marks(plain)

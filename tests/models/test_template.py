@@ -22,8 +22,8 @@ def test_prompt_is_the_first_turn_up_to_where_the_answer_begins() -> None:
     assert prompt.text == "USER: <image>\nwhat digit is at a1 ? ASSISTANT:"
     assert prompt.response_spans == ()
     assert [prompt.text[a:b] for a, b in prompt.question_spans] == ["what digit is at a1 ?"]
-    whole = Template("").render(TURNS, ["<image>"])
-    assert whole.text[: whole.response_spans[0][0]] == prompt.text
+    full = Template("").render(TURNS, ["<image>"])
+    assert full.text[: full.response_spans[0][0]] == prompt.text
 
 
 def test_images_stand_where_the_data_put_them_a_line_each_where_they_open_a_question() -> None:
@@ -47,8 +47,8 @@ def test_chat_template_says_the_same() -> None:
         several = [
             {"role": "user", "content": [image, image, {"type": "text", "text": "at "}, image, {"type": "text", "text": "?"}]}
         ]
-        asked = (Turn("<image><image>at <image>?", ""),)
-        assert processor.apply_chat_template(several) == template.render(asked, ["<image>"] * 3, answer=False).text
+        turns = (Turn("<image><image>at <image>?", ""),)
+        assert processor.apply_chat_template(several) == template.render(turns, ["<image>"] * 3, answer=False).text
         messages += [{"role": "assistant", "content": "one"}, {"role": "user", "content": "list the grid ."}]
         messages += [{"role": "assistant", "content": "red one, red two"}]
         assert processor.apply_chat_template(messages) == template.render(TURNS, ["<image>"]).text

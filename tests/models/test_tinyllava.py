@@ -31,16 +31,16 @@ def tinyllava_folder(folder: Path, tied: bool = False, dtype: torch.dtype = torc
     tower = tf.SiglipVisionModel.from_pretrained(siglip_folder(folder / "siglip", whole=False))
     width = tower.config.hidden_size
     projector = torch.nn.Sequential(torch.nn.Linear(width, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN))
-    made = folder / "tinyllava"
-    tf.AutoTokenizer.from_pretrained(language_folder).save_pretrained(made)
+    target = folder / "tinyllava"
+    tf.AutoTokenizer.from_pretrained(language_folder).save_pretrained(target)
     names = {
         "language_model.": load_file(language_folder / "model.safetensors"),  # without the head where it is tied
         "vision_tower._vision_tower.": load_file(folder / "siglip/model.safetensors"),
         "connector._connector.": projector.state_dict(),
     }
     weights = {prefix + name: w.to(dtype).contiguous() for prefix, some in names.items() for name, w in some.items()}
-    save_file(weights, made / "model.safetensors", {"format": "pt"})
-    told = {
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    content = {
         "model_type": "tinyllava",
         "connector_type": "mlp2x_gelu",
         "image_aspect_ratio": "square",
@@ -49,11 +49,11 @@ def tinyllava_folder(folder: Path, tied: bool = False, dtype: torch.dtype = torc
         "text_config": language.config.to_diff_dict() | {"model_type": "qwen2"},
         "vision_config": tower.config.to_diff_dict() | {"model_type": "siglip_vision_model"},
     }
-    (made / "config.json").write_text(json.dumps(told | config))
-    return made, (tower, projector, language)
+    (target / "config.json").write_text(json.dumps(content | config))
+    return target, (tower, projector, language)
 
 
-def brought(source: Path, target: Path) -> Path:
+def obtain(source: Path, target: Path) -> Path:
     return obtain_member(Checkpoint(source=str(source), revision=None), target, "")
 
 
@@ -61,30 +61,30 @@ def brought(source: Path, target: Path) -> Path:
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_it_says_what_tinyllava_says(tied: bool, strategy: str, first: int, tmp_path: Path) -> None:
-    made, (tower, projector, language) = tinyllava_folder(tmp_path, tied, vision_feature_select_strategy=strategy)
-    loaded = load(brought(made, tmp_path / "teachers/it"), "cpu")
+    source, (tower, projector, language) = tinyllava_folder(tmp_path, tied, vision_feature_select_strategy=strategy)
+    loaded = load(obtain(source, tmp_path / "teachers/it"), "cpu")
     check_images(loaded)
     batch = Collator(loaded.processor, Template(""), 200, train=True)([sample(("what digit ?", "two"))])
     assert int(batch.visual.sum()) == 4 - first
     view = VLM(loaded.model)
-    found = view.head(view.plain(batch, view.features(batch), keep=False)[0])
+    logits = view.head(view.plain(batch, view.features(batch), keep=False)[0])
 
     features = projector(tower(batch.pixel_values, output_hidden_states=True).hidden_states[-2][:, first:])
-    at = int(batch.visual[0].int().argmax())
-    words = language.get_input_embeddings()
-    before, after = batch.input_ids[:, :at], batch.input_ids[:, at + features.shape[1] :]
-    theirs = language(inputs_embeds=torch.cat([words(before), features, words(after)], dim=1)).logits
-    torch.testing.assert_close(found[..., : theirs.shape[-1]], theirs)
+    start = int(batch.visual[0].int().argmax())
+    embed = language.get_input_embeddings()
+    prefix, suffix = batch.input_ids[:, :start], batch.input_ids[:, start + features.shape[1] :]
+    expected = language(inputs_embeds=torch.cat([embed(prefix), features, embed(suffix)], dim=1)).logits
+    torch.testing.assert_close(logits[..., : expected.shape[-1]], expected)
 
 
 def test_weights_keep_their_precision(tmp_path: Path) -> None:
-    made, _ = tinyllava_folder(tmp_path, dtype=torch.bfloat16)
-    stored = load_file(brought(made, tmp_path / "teachers/it") / "model.safetensors")
+    source, _ = tinyllava_folder(tmp_path, dtype=torch.bfloat16)
+    stored = load_file(obtain(source, tmp_path / "teachers/it") / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"connector_type": "resampler"}, "connector_type mlp2x_gelu and image_aspect_ratio square are read, not resampler"),
         ({"image_aspect_ratio": "pad"}, "not mlp2x_gelu and pad"),
@@ -94,20 +94,20 @@ def test_weights_keep_their_precision(tmp_path: Path) -> None:
         ({"vision_feature_layer": -9}, "feature_layer is -9, and the tower has 3 layers"),
     ],
 )
-def test_others_are_refused_in_a_sentence(config: dict[str, Any], said: str, tmp_path: Path) -> None:
-    made, _ = tinyllava_folder(tmp_path, **config)
-    with pytest.raises(ModelError, match=said):
-        brought(made, tmp_path / "teachers/it")
+def test_others_are_refused_in_a_sentence(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source, _ = tinyllava_folder(tmp_path, **config)
+    with pytest.raises(ModelError, match=message):
+        obtain(source, tmp_path / "teachers/it")
     assert not (tmp_path / "teachers/it").exists()
 
 
 @pytest.mark.parametrize(
-    ("gone", "said"),
+    ("missing", "message"),
     [("connector._connector.2.bias", "projector does not fit"), ("language_model.model.norm.weight", "1 weights are missing")],
 )
-def test_what_is_not_whole_is_refused(gone: str, said: str, tmp_path: Path) -> None:
-    made, _ = tinyllava_folder(tmp_path)
-    weights = load_file(made / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if name != gone}, made / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=said):
-        brought(made, tmp_path / "teachers/it")
+def test_what_is_not_whole_is_refused(missing: str, message: str, tmp_path: Path) -> None:
+    source, _ = tinyllava_folder(tmp_path)
+    weights = load_file(source / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if name != missing}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        obtain(source, tmp_path / "teachers/it")

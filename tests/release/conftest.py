@@ -35,7 +35,7 @@ def settings() -> Settings:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """LLaVA-OneVision, which says in its processor's files how it is asked: two layers taught by three."""
+    """LLaVA-OneVision, whose processor's files have its chat template: two layers taught by three."""
     monkeypatch.chdir(tmp_path)
     _dataset()
     models = {"teacher": MODELS / "teachers/base", "student": MODELS / "students/student"}
@@ -58,7 +58,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def facts(**changed: Any) -> dict[str, Any]:
-    """Everything that decided a student's weights, as far as a card speaks of it."""
+    """Everything that decided a student's weights, as far as a card states it."""
     arm = {"weights": {"sft": 1.0, "kd": 0.5, "iva": 1.0}, "iva": {"weighting": "irs", "layer": None}}
     trainable = {"vision_tower": False, "projector": True, "language_model": True, "lora": None}
     distill = {
@@ -69,8 +69,8 @@ def facts(**changed: Any) -> dict[str, Any]:
         "precision": "fp32",
         "trainable": trainable,
     }
-    said = {"arm": arm, "distill": distill, "irs_layer": 1, "template": {"style": "processor"}}
-    return {**said, "teacher": {"name": "base"}, "student": {"name": "student"}, **changed}
+    recorded = {"arm": arm, "distill": distill, "irs_layer": 1, "template": {"style": "processor"}}
+    return {**recorded, "teacher": {"name": "base"}, "student": {"name": "student"}, **changed}
 
 
 def _dataset() -> None:

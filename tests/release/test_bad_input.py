@@ -35,10 +35,10 @@ WEIGHTS = "model.safetensors"
 
 
 def documented() -> dict[str, tuple[int, str]]:
-    """What is wrong -> exit code, sentence."""
+    """Case -> exit code, sentence."""
     text = PAGE.read_text(encoding="utf-8").partition("test_bad_input.py -->")[2].partition("<!-- end")[0]
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")][2:]
-    return {what: (int(code), said) for what, code, said in rows}
+    return {case: (int(code), sentence) for case, code, sentence in rows}
 
 
 def of_the_hub(answer: Exception | Path) -> Callable[[], None]:
@@ -86,7 +86,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def one_in_eight_bits(weights: dict[str, torch.Tensor]) -> None:
+def float8_weight(weights: dict[str, torch.Tensor]) -> None:
     key = next(iter(weights))
     weights[key] = weights[key].to(torch.float8_e4m3fn)
 
@@ -142,7 +142,7 @@ CASES: dict[str, Callable[[], None]] = {
     "a snapshot half of which is there": lambda: of_the_hub(half_a_snapshot(Path("theirs")))(),
     "a file of weights cut short": of_a_folder(lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-99])),
     "a file of weights with a broken header": of_a_folder(lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 999)),
-    "weights in a dtype that is not read": of_a_folder(lambda f: rewrite(f, one_in_eight_bits)),
+    "weights in a dtype that is not read": of_a_folder(lambda f: rewrite(f, float8_weight)),
     "quantised weights": of_a_folder(lambda f: say(f, "config.json", quantization_config={"quant_method": "gptq"})),
     "pickled weights on the hub": lambda: of_the_hub(pickles(Path("theirs")))(),
     "pickled weights in a folder": of_a_folder(pickles),
@@ -161,19 +161,19 @@ def test_the_table_and_the_cases_are_the_same() -> None:
     assert list(documented()) == list(CASES)
 
 
-@pytest.mark.parametrize("what", CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_one_sentence_one_exit_code_and_nothing_half_written(
-    what: str, project: Path, capsys: pytest.CaptureFixture[str]
+    case: str, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(toy.folder("llava_onevision", 2, 2), "theirs")
-    before = set(Path("artifacts").rglob("*"))
+    previous = set(Path("artifacts").rglob("*"))
     with pytest.raises(SystemExit) as end:
-        exit_from(CASES[what])
-    kind, _, said = capsys.readouterr().err.splitlines()[-1].partition(": ")
-    code, sentence = documented()[what]
+        exit_from(CASES[case])
+    kind, _, message = capsys.readouterr().err.splitlines()[-1].partition(": ")
+    code, sentence = documented()[case]
     assert end.value.code == code == (75 if kind == "TryAgainError" else 2)
     pattern = ".+".join(map(re.escape, sentence.split("…")))
-    assert re.fullmatch(pattern, said), said
-    new = set(Path("artifacts").rglob("*")) - before
-    whole = {path for path in new if (MODELS / "theirs" / WEIGHTS).is_file()}  # brought here whole, and refused when opened
-    assert new == whole and not [path for path in new if path.name.startswith(".")]
+    assert re.fullmatch(pattern, message), message
+    new = set(Path("artifacts").rglob("*")) - previous
+    complete = {path for path in new if (MODELS / "theirs" / WEIGHTS).is_file()}  # brought here whole, and refused when opened
+    assert new == complete and not [path for path in new if path.name.startswith(".")]

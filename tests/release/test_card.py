@@ -33,14 +33,14 @@ def test_the_first_card_is_valid_and_the_same_each_time(project: Path) -> None:
     assert front["licences_of_inputs"] == {
         "student before it": "apache-2.0", "teacher": "large-community", "data": "CC0, by me."
     }  # fmt: skip
-    for said in (
+    for part in (
         "Loss: L = L_sft + 0.5 L_kd + L_iva. L_iva weighs",
         "layer l* = 1 of the teacher",
         "My cats: 2 training samples about 2 images",
         f"`org/large` at `{COMMIT[:12]}`",
         "800 steps of 32 samples, learning rate 0.001, fp32; trained: projector, language model.",
     ):
-        assert said in text
+        assert part in text
     assert START + json.dumps(facts(), indent=2, sort_keys=True) + END in text
     assert COMMIT not in text.replace(COMMIT[:12], ""), "no commit of ours: it would change the bytes"
 
@@ -59,8 +59,8 @@ def test_licences_that_nobody_stated_are_said_not_to_be(project: Path) -> None:
 
 def test_a_folder_of_ones_own_is_named_without_where_it_lies(project: Path) -> None:
     index = ModelIndex.read(MODELS / "index.json")
-    own = index.students["student"].model_copy(update={"origin": "/home/ann/secret/mine", "revision": None})
-    index.model_copy(update={"students": {"student": own}}).write(MODELS / "index.json")
+    local = index.students["student"].model_copy(update={"origin": "/home/ann/secret/mine", "revision": None})
+    index.model_copy(update={"students": {"student": local}}).write(MODELS / "index.json")
     text = model_card("align_ti", facts())
     assert "`mine`" in text and "ann" not in text
     assert ModelCard(text).data.to_dict()["base_model"] == ["org/large"]

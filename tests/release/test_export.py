@@ -29,28 +29,28 @@ def left_behind() -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stock_transformers_reads_the_weights_rounded(dtype: str, project: Path, settings: Settings) -> None:
-    done = export("align_ti", OUT, settings, dtype, "5GB", force=False)
-    assert (done.dtype, done.samples, done.missing != []) == (dtype, 2, True) and done.kl <= TOLERANCE[dtype]
+    report = export("align_ti", OUT, settings, dtype, "5GB", force=False)
+    assert (report.dtype, report.samples, report.missing != []) == (dtype, 2, True) and report.kl <= TOLERANCE[dtype]
     if dtype == "fp32":
-        assert (done.kl, done.same_answers) == (0, 2)
+        assert (report.kl, report.same_answers) == (0, 2)
     else:
-        assert done.kl > 0
+        assert report.kl > 0
     model = AutoModelForImageTextToText.from_pretrained(OUT)
     assert model.dtype == DTYPES[dtype]
     source = load(MODEL, "cpu").model.state_dict()
     for key, weight in model.state_dict().items():
         assert torch.equal(weight, source[key].to(DTYPES[dtype])), key
     assert left_behind()[0] == str(OUT) and not list(OUT.parent.glob(".*")), "no draft is left"
-    assert str(OUT) in str(done) and f"in {dtype}" in str(done)
+    assert str(OUT) in str(report) and f"in {dtype}" in str(report)
 
 
 def test_without_a_dtype_it_stays_as_stored_and_shards_are_no_larger_than_asked(project: Path, settings: Settings) -> None:
     source = load(MODEL, "cpu", torch.bfloat16)
     save(Path("half"), source, module.Template("", style="processor").of(source.processor), "# It")
     assert module.stored_dtype(Path("half")) == "bf16" and module.stored_dtype(MODEL) == "fp32"
-    done = export("half", OUT, settings, None, "40KB", force=False)
+    report = export("half", OUT, settings, None, "40KB", force=False)
     shards = sorted(OUT.glob("*.safetensors"))
-    assert done.dtype == "bf16" and len(shards) > 1 and (OUT / "model.safetensors.index.json").is_file()
+    assert report.dtype == "bf16" and len(shards) > 1 and (OUT / "model.safetensors.index.json").is_file()
     assert (OUT / "README.md").read_text() == "# It", "another's card goes along as it is"
     assert len({file.stat().st_mode for file in OUT.iterdir()}) == 1, "a server of another user reads them all, by the umask"
 
@@ -83,10 +83,10 @@ def test_what_is_there_stays_unless_forced(project: Path, settings: Settings) ->
 
 
 def test_a_model_does_not_replace_itself(project: Path, settings: Settings) -> None:
-    before = sorted((path, path.read_bytes()) for path in MODEL.iterdir())
+    original = sorted((path, path.read_bytes()) for path in MODEL.iterdir())
     with pytest.raises(InputError, match="is the folder of align_ti itself"):
         export("align_ti", MODEL, settings, "bf16", "5GB", force=True)
-    assert sorted((path, path.read_bytes()) for path in MODEL.iterdir()) == before
+    assert sorted((path, path.read_bytes()) for path in MODEL.iterdir()) == original
 
 
 FULL = {
@@ -96,11 +96,11 @@ FULL = {
 
 
 @pytest.mark.parametrize("error", FULL)
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_asks_to_try_again_and_leaves_nothing(
-    error: str, before: bool, project: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    error: str, exists: bool, project: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if before:
+    if exists:
         OUT.mkdir(parents=True)
         (OUT / "config.json").write_text("mine")
 
@@ -110,9 +110,9 @@ def test_a_full_disk_asks_to_try_again_and_leaves_nothing(
 
     monkeypatch.setattr(module, "save", full)
     with pytest.raises(TryAgainError, match=r"out/mine was not written: the disk is full .*; free space") as refusal:
-        export("align_ti", OUT, settings, None, "5GB", force=before)
+        export("align_ti", OUT, settings, None, "5GB", force=exists)
     assert refusal.value.exit_code == 75
-    assert [path for path in left_behind() if path != "out/mine"] == (["out/mine/config.json"] if before else [])
+    assert [path for path in left_behind() if path != "out/mine"] == (["out/mine/config.json"] if exists else [])
 
 
 def test_weights_that_do_not_come_back_are_not_handed_on(

@@ -27,15 +27,15 @@ from tests.families import toy
 QUESTION = "what digit is at a1 ?"
 
 
-def asked(settings: Settings, name: str = "align_ti", longest: int = 6) -> tuple[Answer, list[str]]:
-    """The answer, and its text at each change."""
-    said = []
+def streamed(settings: Settings, name: str = "align_ti", longest: int = 6) -> tuple[Answer, list[str]]:
+    """The answer, and its text after each change."""
+    pieces = []
 
     class Watched(Answer):
         def __setattr__(self, field: str, value: object) -> None:
             super().__setattr__(field, value)
             if field == "text":
-                said.append(value)
+                pieces.append(value)
 
     answer = Watched(find(name, settings))
     loaded = load(answer.checkpoint.path, "cpu")
@@ -43,7 +43,7 @@ def asked(settings: Settings, name: str = "align_ti", longest: int = 6) -> tuple
         loaded, answer.checkpoint, sample_of([Path("cat.png")], QUESTION, settings.data.limits), settings
     )
     stream_answer(loaded, batch, eos, longest, answer)
-    return answer, said
+    return answer, pieces
 
 
 def test_an_answer_does_not_drive_the_terminal(project: Path, settings: Settings) -> None:
@@ -53,13 +53,13 @@ def test_an_answer_does_not_drive_the_terminal(project: Path, settings: Settings
 
 
 def test_the_answer_is_that_of_evaluation_and_comes_in_pieces(project: Path, settings: Settings) -> None:
-    answer, said = asked(settings)
+    answer, pieces = streamed(settings)
     sample = sample_of([Path("cat.png")], QUESTION, settings.data.limits)
     loaded = load(Path("artifacts/students/align_ti/model"), "cpu")
     evaluate = settings.evaluate.model_copy(update={"max_new_tokens": 6})
     (expected,) = answers(loaded, [sample], [0], Template.from_settings(settings.models.template), 200, evaluate, "")
     assert answer.text == expected != ""
-    assert len(said) > 3, "it came word by word"
+    assert len(pieces) > 3, "it came word by word"
     assert len(answer.token_times) <= 6 and answer.token_times == sorted(answer.token_times) and answer.token_times[0] > 0
     assert "first token after" in answer.timings and f"{len(answer.token_times)} tokens" in answer.timings
 
@@ -69,11 +69,11 @@ def test_an_exported_students_own_template_reads_as_the_one_it_was_trained_with(
     loaded = load(Path("artifacts/students/align_ti/model"), "cpu")
     trained = Template("Look closely.")
     loaded.processor.chat_template = trained.of(loaded.processor).jinja.replace("<image>", loaded.processor.image_token)
-    own = Collator(loaded.processor, Template("", style="processor"), 400, train=False)
-    ours = Collator(loaded.processor, trained, 400, train=False)
+    exported = Collator(loaded.processor, Template("", style="processor"), 400, train=False)
+    trained_prompt = Collator(loaded.processor, trained, 400, train=False)
     for sample in toy.SAMPLES:
-        assert own([sample]).input_ids.tolist() == ours([sample]).input_ids.tolist()
-    assert own.eos_id == ours.eos_id
+        assert exported([sample]).input_ids.tolist() == trained_prompt([sample]).input_ids.tolist()
+    assert exported.eos_id == trained_prompt.eos_id
 
 
 def test_two_models_answer_side_by_side_and_show_where_they_looked(
@@ -104,8 +104,8 @@ def test_each_of_several_images_has_its_place_in_the_question_and_its_row_of_pan
     run(["align_ti", "teacher"], pair, "is <image> red ? <image>", settings, max_new_tokens=3, overlay=True)
     path = Path("reports/try/cat-dog-align_ti-teacher.png")
     assert str(path) in capsys.readouterr().out.replace("\n", "")
-    one, two = np.array_split(np.asarray(Image.open(path).convert("L")), 2)
-    assert one.std() > 20 and two.std() > 20
+    first, second = np.array_split(np.asarray(Image.open(path).convert("L")), 2)
+    assert first.std() > 20 and second.std() > 20
 
 
 def test_where_no_search_was_made_all_layers_are_shown(project: Path) -> None:
@@ -125,15 +125,15 @@ def test_attention_is_laid_out_over_the_whole_image(family: str, monkeypatch: py
     rows, columns = grid.shape
     if family.startswith("qwen"):
         assert (rows * columns, columns > rows) == (count, True)
-    elif whole := FAMILIES[family].whole:
+    elif thumbnail := FAMILIES[family].whole:
         assert rows == columns and rows * columns == 4 <= count
         first = grid[0, 0] == 0
-        assert first == (whole == "first" or count == 4)
+        assert first == (thumbnail == "first" or count == 4)
     else:
         assert rows == columns and rows * columns == count
     answer = "red"
-    seen = compute_overlay(CheckpointRef(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
-    (heat,) = seen.heats
+    overlay = compute_overlay(CheckpointRef(family, Path(), None), loaded, replace(batch, ids=["x"]), sample, answer)
+    (heat,) = overlay.heats
     assert heat.grid.shape == grid.shape and heat.grid.mean() == pytest.approx(1)
     assert heat.below == answer and heat.above == f"{family}, all layers"
 

@@ -25,16 +25,16 @@ def test_a_name_is_an_arm_the_teacher_a_folder_or_a_hub_id(
     assert find("teacher", settings).path == Path("artifacts/models/teachers/base")
     folder = find("artifacts/models/teachers/base", settings)
     assert (folder.name, folder.arm) == ("base", None)
-    asked = []
+    requests = []
 
-    def snapshot(*what: str | None) -> Path:
-        asked.append(what)
+    def snapshot(*args: str | None) -> Path:
+        requests.append(args)
         return project
 
     monkeypatch.setattr(module, "snapshot", snapshot)
     find("org/model", settings)
     find("org/model@0123abc", settings)
-    assert asked == [("org/model", None), ("org/model", "0123abc")]
+    assert requests == [("org/model", None), ("org/model", "0123abc")]
 
 
 def test_a_name_that_is_none_of_these_is_refused_with_the_names_that_there_are(project: Path, settings: Settings) -> None:
@@ -54,12 +54,12 @@ def test_without_a_network_a_hub_id_asks_to_try_again(
 
 
 def test_our_own_are_asked_as_trained_and_others_with_their_own_template(project: Path, settings: Settings) -> None:
-    ours, theirs = find("align_ti", settings), find("artifacts/models/teachers/base", settings)
-    opened = open_model(theirs.path, "cpu")
-    assert template_of(ours, opened, settings) == Template.from_settings(settings.models.template)
-    assert template_of(theirs, opened, settings).style == "processor"
-    opened.processor.chat_template = opened.processor.tokenizer.chat_template = None
-    assert template_of(theirs, opened, settings) == Template.from_settings(settings.models.template)
+    ours, foreign = find("align_ti", settings), find("artifacts/models/teachers/base", settings)
+    loaded = open_model(foreign.path, "cpu")
+    assert template_of(ours, loaded, settings) == Template.from_settings(settings.models.template)
+    assert template_of(foreign, loaded, settings).style == "processor"
+    loaded.processor.chat_template = loaded.processor.tokenizer.chat_template = None
+    assert template_of(foreign, loaded, settings) == Template.from_settings(settings.models.template)
 
 
 @pytest.fixture
@@ -82,10 +82,10 @@ def test_adapters_are_folded_into_their_model(adapter: Path) -> None:
     assert not [name for name, _ in folded.model.named_parameters() if "lora" in name]
     batch = toy.collator("llava_onevision", train=False)([toy.SAMPLES[1]])
     with torch.no_grad():
-        found = folded.model(input_ids=batch.input_ids).logits
-        plain = load(Path("artifacts/students/align_ti/model"), "cpu").model(input_ids=batch.input_ids).logits
-    torch.testing.assert_close(found, torch.load("logits.pt"), atol=1e-5, rtol=0)
-    assert (found - plain).abs().max() > 1e-2
+        logits = folded.model(input_ids=batch.input_ids).logits
+        unadapted = load(Path("artifacts/students/align_ti/model"), "cpu").model(input_ids=batch.input_ids).logits
+    torch.testing.assert_close(logits, torch.load("logits.pt"), atol=1e-5, rtol=0)
+    assert (logits - unadapted).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -59,29 +59,29 @@ def logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Hub:
-    """What push asks of HfApi."""
+    """A stub of HfApi with the calls of push."""
 
     token = None
 
     def __init__(self, files: list[str] | None = None, fails: dict[str, Exception] | None = None) -> None:
         self.files = files or [".gitattributes"]
         self.fails = fails or {}
-        self.made: dict[str, Any] = {}
+        self.created: dict[str, Any] = {}
         self.uploaded: dict[str, Any] = {}
 
-    def create_repo(self, repo: str, **asked: Any) -> str:
+    def create_repo(self, repo: str, **options: Any) -> str:
         self._fail("create_repo")
-        self.made = {"repo": repo, **asked}
+        self.created = {"repo": repo, **options}
         return f"https://hub/{repo}"
 
     def list_repo_files(self, repo: str) -> list[str]:
         self._fail("list_repo_files")
         return self.files
 
-    def upload_folder(self, **asked: Any) -> SimpleNamespace:
+    def upload_folder(self, **options: Any) -> SimpleNamespace:
         self._fail("upload_folder")
-        self.uploaded = asked
-        return SimpleNamespace(commit_url=f"https://hub/{asked['repo_id']}/commit/1")
+        self.uploaded = options
+        return SimpleNamespace(commit_url=f"https://hub/{options['repo_id']}/commit/1")
 
     def _fail(self, step: str) -> None:
         if step in self.fails:
@@ -93,9 +93,9 @@ def test_the_plan_names_files_and_sizes_and_leaves_out_what_is_no_models(folder:
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(upload.files)
     assert upload.left_out == [".env", "logs/config.json", "optimizer.pt"]
     assert upload.warnings == []
-    said = str(upload)
-    assert "out -> org/mine on huggingface.co (private):" in said and "not uploaded: .env" in said
-    assert f"{len(upload.files)} files, {sum(upload.files.values()) / 2**20:,.2f} MiB" in said
+    printed = str(upload)
+    assert "out -> org/mine on huggingface.co (private):" in printed and "not uploaded: .env" in printed
+    assert f"{len(upload.files)} files, {sum(upload.files.values()) / 2**20:,.2f} MiB" in printed
 
 
 @pytest.mark.parametrize(
@@ -111,30 +111,30 @@ def test_the_plan_names_files_and_sizes_and_leaves_out_what_is_no_models(folder:
 )
 def test_open_questions_about_licences_are_said(old: str, new: str, warning: str, folder: Path) -> None:
     (folder / "README.md").write_text(CARD.replace(old, new))
-    (found,) = [line for line in plan(folder, REPO, True).warnings if re.search(warning, line)]
-    assert f"WARNING: {found}" in str(plan(folder, REPO, True))
+    (line,) = [candidate for candidate in plan(folder, REPO, True).warnings if re.search(warning, candidate)]
+    assert f"WARNING: {line}" in str(plan(folder, REPO, True))
 
 
 def test_without_the_flag_nothing_is_asked_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(*_: object, **__: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(module, "HfApi", asked)
-    done = CliRunner().invoke(app, ["push", str(folder), REPO])
-    assert (done.exit_code, done.exception) == (0, None)
-    assert done.output.endswith("Nothing was uploaded; add --yes-upload to do it.\n") and "model.safetensors" in done.output
+    monkeypatch.setattr(module, "HfApi", refuse)
+    result = CliRunner().invoke(app, ["push", str(folder), REPO])
+    assert (result.exit_code, result.exception) == (0, None)
+    assert result.output.endswith("Nothing was uploaded; add --yes-upload to do it.\n") and "model.safetensors" in result.output
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_with_the_flag_it_goes_up_as_one_commit(public: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = Hub()
-    monkeypatch.setattr(module, "HfApi", lambda: there)
-    words = ["push", str(folder), REPO, "--yes-upload", *(["--public"] if public else [])]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0 and "uploaded: https://hub/org/mine/commit/1" in done.output
-    assert there.made == {"repo": REPO, "private": not public, "exist_ok": True}
-    assert there.uploaded["folder_path"] == folder and there.uploaded["allow_patterns"] == list(plan(folder, REPO, True).files)
-    assert TOKEN not in done.output
+    api = Hub()
+    monkeypatch.setattr(module, "HfApi", lambda: api)
+    args = ["push", str(folder), REPO, "--yes-upload", *(["--public"] if public else [])]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0 and "uploaded: https://hub/org/mine/commit/1" in result.output
+    assert api.created == {"repo": REPO, "private": not public, "exist_ok": True}
+    assert api.uploaded["folder_path"] == folder and api.uploaded["allow_patterns"] == list(plan(folder, REPO, True).files)
+    assert TOKEN not in result.output
 
 
 def upload(folder: Path) -> Upload:
@@ -142,12 +142,12 @@ def upload(folder: Path) -> Upload:
 
 
 def test_what_is_on_the_hub_is_not_written_over_unasked(folder: Path) -> None:
-    there: Any = Hub(files=[".gitattributes", "model.safetensors"])
+    api: Any = Hub(files=[".gitattributes", "model.safetensors"])
     with pytest.raises(InputError, match=r"org/mine is on the hub already and holds 1 files; .*--update"):
-        push(upload(folder), update=False, api=there)
-    assert not there.uploaded
-    push(upload(folder), update=True, api=there)
-    assert there.uploaded
+        push(upload(folder), update=False, api=api)
+    assert not api.uploaded
+    push(upload(folder), update=True, api=api)
+    assert api.uploaded
 
 
 def response(status: int) -> Any:
@@ -212,11 +212,11 @@ def test_what_is_no_model_to_hand_on_is_refused(
 
 
 class Stub(BaseHTTPRequestHandler):
-    """What the real client asks of the hub to make a repository and add one commit, all of its files small ones."""
+    """The hub's endpoints that the real client calls to make a repository and commit small files."""
 
-    asked: ClassVar[list[str]] = []  # paths
+    paths: ClassVar[list[str]] = []  # paths
     files: ClassVar[dict[str, bytes]] = {}
-    made: ClassVar[dict[str, Any]] = {}
+    created: ClassVar[dict[str, Any]] = {}
 
     @property
     def address(self) -> str:
@@ -229,7 +229,7 @@ class Stub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         assert self.headers["authorization"] == f"Bearer {TOKEN}"
         if self.path == "/api/repos/create":
-            self.made.update(json.loads(body))
+            self.created.update(json.loads(body))
             self._answer({"url": f"{self.address}/{REPO}", "id": REPO})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
@@ -237,14 +237,14 @@ class Stub(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             added = [line["value"] for line in lines if line["key"] == "file"]
-            self.files.update({one["path"]: base64.b64decode(one["content"]) for one in added})
+            self.files.update({entry["path"]: base64.b64decode(entry["content"]) for entry in added})
             self._answer({"commitUrl": f"{self.address}/{REPO}/commit/1", "commitOid": "1" * 40, "success": True})
         else:
             self._answer({"errors": [], "warnings": []})
 
-    def _answer(self, said: object) -> None:
-        self.asked.append(self.path)
-        content = json.dumps(said).encode()
+    def _answer(self, reply: object) -> None:
+        self.paths.append(self.path)
+        content = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))
@@ -263,10 +263,10 @@ def test_the_real_client_makes_a_private_repository_and_sends_the_planned_files(
     thread.start()
     try:
         planned = upload(folder)
-        done = push(planned, update=False, api=HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=TOKEN))
+        url = push(planned, update=False, api=HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=TOKEN))
     finally:
         server.shutdown()
         server.server_close()
-    assert done.endswith(f"/{REPO}/commit/1") and Stub.made["visibility"] == "private"
+    assert url.endswith(f"/{REPO}/commit/1") and Stub.created["visibility"] == "private"
     assert Stub.files == {name: (folder / name).read_bytes() for name in planned.files}
-    assert sum("/commit/" in path for path in Stub.asked) == 1
+    assert sum("/commit/" in path for path in Stub.paths) == 1

@@ -12,7 +12,7 @@ from tests.tracking.test_tracking import journals, runtime, work
 
 
 class Noted:
-    """A tracker that writes down what it is given."""
+    """A tracker that records its calls."""
 
     lines: list[str] = []  # noqa: RUF012
 
@@ -38,10 +38,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_journal_is_handed_on_once_whatever_interrupts_it() -> None:
     work()
     (journal,) = journals()
-    whole = journal.read_bytes()
-    journal.write_bytes(whole[: whole.index(b"\n") + 20])  # half a line
+    complete = journal.read_bytes()
+    journal.write_bytes(complete[: complete.index(b"\n") + 20])  # half a line
     assert [line["event"] for line in also._unsent_lines(journal, journal.with_suffix(".noted"))] == ["start"]
-    journal.write_bytes(whole)
+    journal.write_bytes(complete)
     also.follow("noted", journal)
     assert Noted.lines[:2] == ["distill/align_ti", "params"] and Noted.lines[-2:] == ["end", "closed"]
     assert also._unsent_lines(journal, journal.with_suffix(".noted")) == []

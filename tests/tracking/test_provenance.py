@@ -146,5 +146,5 @@ def test_a_repository_that_git_does_not_read_is_told(
     subprocess.run(["git", "init", "-q"], check=True)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     provenance.warn_without_commit()
-    told = capfd.readouterr().err
-    assert "recorded without its commit" in told and "dubious ownership" in told and "safe.directory" in told
+    stderr = capfd.readouterr().err
+    assert "recorded without its commit" in stderr and "dubious ownership" in stderr and "safe.directory" in stderr

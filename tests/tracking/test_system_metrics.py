@@ -86,9 +86,9 @@ def gains(root: Path, zone: str, microjoules: int) -> None:
 
 
 def test_energy_of_packages_is_counted_past_their_wrap_and_parts_not_twice(powercap: Path) -> None:
-    found, why = system_metrics.packages()
-    assert len(found) == 2 and why is None
-    measured = system_metrics.Meter([], found)
+    packages, why = system_metrics.packages()
+    assert len(packages) == 2 and why is None
+    measured = system_metrics.Meter([], packages)
     assert measured.energy() == {system_metrics.CPU_WH: 0}
     gains(powercap, "intel-rapl:0", 7_200_000_000)  # over the end
     gains(powercap, "intel-rapl:1", 1_800_000_000)
@@ -99,19 +99,19 @@ def test_energy_of_packages_is_counted_past_their_wrap_and_parts_not_twice(power
     assert measured.energy()[system_metrics.CPU_WH] == pytest.approx(4.5)
 
 
-@pytest.mark.parametrize(("visible", "seen"), [(None, [40, 41]), ("1", [41]), ("GPU-one, 0", [41, 40]), ("", [])])
-def test_the_gpus_that_the_stage_sees(visible: str | None, seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("visible", "expected"), [(None, [40, 41]), ("1", [41]), ("GPU-one, 0", [41, 40]), ("", [])])
+def test_the_gpus_that_the_stage_sees(visible: str | None, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
-    found, why = system_metrics.gpus()
+    gpus, why = system_metrics.gpus()
     assert why is None
-    assert [gpu.sample()["utilization_percentage"] for gpu in found] == seen
-    measured = system_metrics.Meter(found, [])
-    assert measured.energy() == ({system_metrics.GPU_WH: pytest.approx(2.0 * len(seen))} if seen else {})
+    assert [gpu.sample()["utilization_percentage"] for gpu in gpus] == expected
+    measured = system_metrics.Meter(gpus, [])
+    assert measured.energy() == ({system_metrics.GPU_WH: pytest.approx(2.0 * len(expected))} if expected else {})
     sampled = {name for name in measured.sample() if name.startswith("system/gpu_")}
-    assert len(sampled) == 4 * len(seen)
+    assert len(sampled) == 4 * len(expected)
 
 
 @pytest.mark.parametrize("name", ["GPU-gone", "MIG-1"])
@@ -146,7 +146,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, nvml: Nvml | None, during: Any = lamb
     return [json.loads(line) for line in journal.read_text().splitlines()]
 
 
-def at_the_end(events: list[dict[str, Any]]) -> dict[str, float]:
+def final_metrics(events: list[dict[str, Any]]) -> dict[str, float]:
     return {k: v for e in events if e["event"] == "metrics" and e["step"] is None for k, v in e["values"].items()}
 
 
@@ -156,14 +156,14 @@ def test_a_stage_records_what_it_used(powercap: Path, monkeypatch: pytest.Monkey
     assert [e["step"] for e in samples] == list(range(len(samples))) and len(samples) >= 3
     assert samples[0]["values"]["system/gpu_0_memory_usage_percentage"] == 25
     assert 0 < samples[0]["values"]["system/process_memory_usage_megabytes"] < 1e6
-    told = at_the_end(events)
-    assert told[system_metrics.CPU_WH] == pytest.approx(1.0)
-    assert told[system_metrics.GPU_WH] == pytest.approx(4.0)
-    assert told[system_metrics.DEVICE_HOURS] == pytest.approx(2 * told["seconds"] / 3600)
-    assert not any(name.startswith(("best/", "final/")) for name in told)
+    final = final_metrics(events)
+    assert final[system_metrics.CPU_WH] == pytest.approx(1.0)
+    assert final[system_metrics.GPU_WH] == pytest.approx(4.0)
+    assert final[system_metrics.DEVICE_HOURS] == pytest.approx(2 * final["seconds"] / 3600)
+    assert not any(name.startswith(("best/", "final/")) for name in final)
     assert history.energy(history.last("distill@a")["run"]) == {
-        system_metrics.CPU_WH: told[system_metrics.CPU_WH],
-        system_metrics.GPU_WH: told[system_metrics.GPU_WH],
+        system_metrics.CPU_WH: final[system_metrics.CPU_WH],
+        system_metrics.GPU_WH: final[system_metrics.GPU_WH],
     }
     assert history.energy("of-another-machine") == {}
 
@@ -175,7 +175,7 @@ def test_without_counters_nothing_is_recorded_and_a_tag_says_why(powercap: Path,
     tags = {e["key"]: e["value"] for e in events if e["event"] == "tag"}
     assert tags["energy.cpu"] == f"not measured: {energy} may not be read (No such file or directory)"
     assert tags["energy.gpu"].startswith("not measured: ")
-    assert not {system_metrics.CPU_WH, system_metrics.GPU_WH} & set(at_the_end(events))
+    assert not {system_metrics.CPU_WH, system_metrics.GPU_WH} & set(final_metrics(events))
 
 
 def test_a_gpu_that_is_lost_ends_the_samples_and_not_the_stage(
@@ -184,7 +184,7 @@ def test_a_gpu_that_is_lost_ends_the_samples_and_not_the_stage(
     nvml = Nvml()
     events = stage(monkeypatch, nvml, lambda: setattr(nvml, "broken", True))
     assert events[-1] == {**events[-1], "event": "end", "status": "FINISHED"}
-    assert system_metrics.GPU_WH not in at_the_end(events)
+    assert system_metrics.GPU_WH not in final_metrics(events)
     assert "no longer sampled: GPU is lost" in capsys.readouterr().err
 
 

@@ -183,13 +183,13 @@ def client() -> Any:
 
 
 def runs() -> dict[str, Any]:
-    found = client().search_runs([client().get_experiment_by_name("tests").experiment_id])
-    assert len({run.info.run_name for run in found}) == len(found)
-    return {run.info.run_name: run for run in found}
+    by_search = client().search_runs([client().get_experiment_by_name("tests").experiment_id])
+    assert len({run.info.run_name for run in by_search}) == len(by_search)
+    return {run.info.run_name: run for run in by_search}
 
 
 def all_arrived(journal: Path) -> dict[str, int]:
-    """Fails unless MLflow holds everything that this journal says; gives the number of points of each metric."""
+    """Fails unless MLflow holds every event of this journal; returns the number of points of each metric."""
     events = [json.loads(line) for line in journal.read_text().splitlines()]
     (run,) = client().search_runs(
         [e.experiment_id for e in client().search_experiments()], f"tags.`alignti.run` = '{journal.stem}'"
@@ -204,15 +204,15 @@ def all_arrived(journal: Path) -> dict[str, int]:
         elif event["event"] == "tag":
             assert run.data.tags[event["key"]] == event["value"]
         elif event["event"] == "dataset":
-            assert event["name"] in [told.dataset.name for told in run.inputs.dataset_inputs]
+            assert event["name"] in [values.dataset.name for values in run.inputs.dataset_inputs]
         elif event["event"] == "artifact":
-            assert Path(event["path"]).name in [told.path for told in client().list_artifacts(run.info.run_id)]
-    for name, told in points.items():
+            assert Path(event["path"]).name in [values.path for values in client().list_artifacts(run.info.run_id)]
+    for name, values in points.items():
         history = client().get_metric_history(run.info.run_id, name)
-        assert sorted((point.step, point.value) for point in history) == sorted(told), name
+        assert sorted((point.step, point.value) for point in history) == sorted(values), name
     assert events[0]["tags"].items() <= run.data.tags.items()
     assert run.info.status == events[-1]["status"]
-    return {name: len(told) for name, told in points.items()}
+    return {name: len(values) for name, values in points.items()}
 
 
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
@@ -244,19 +244,19 @@ def test_everything_arrives_in_mlflow_under_one_parent_per_flow(monkeypatch: pyt
         with stage_run("compare", runtime=runtime(SQLITE)) as last:
             last.headline({"kd/exact_match": 0.5}, "kd leads")
     assert len(senders) == 1, "the flow's own sends its stages' journals, too"
-    found = runs()
-    assert set(found) == {"pipeline/digits", "distill/align_ti", "compare"}
-    above = found["pipeline/digits"].data
+    by_name = runs()
+    assert set(by_name) == {"pipeline/digits", "distill/align_ti", "compare"}
+    above = by_name["pipeline/digits"].data
     assert (above.metrics["kd/exact_match"], above.tags["mlflow.note.content"]) == (0.5, "kd leads")
-    run = found["distill/align_ti"]
-    assert run.data.tags["mlflow.parentRunId"] == found["pipeline/digits"].info.run_id
+    run = by_name["distill/align_ti"]
+    assert run.data.tags["mlflow.parentRunId"] == by_name["pipeline/digits"].info.run_id
     assert run.data.params == {"weights.sft": "1.0", "seed": "1"}
     assert [p.value for p in client().get_metric_history(run.info.run_id, "loss/sft")] == [2.0, 3.0, 2.0]
     assert run.data.tags["note"] == "hello"
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
     assert [a.path for a in client().list_artifacts(run.info.run_id)] == ["curve.png"]
     assert Path(".mlflow/artifacts").resolve().as_uri() in run.info.artifact_uri
-    assert {r.info.status for r in found.values()} == {"FINISHED"}
+    assert {r.info.status for r in by_name.values()} == {"FINISHED"}
 
 
 @pytest.mark.usefixtures("database")
@@ -280,8 +280,8 @@ def test_a_damaged_journal_of_one_stage_does_not_keep_back_the_others(
             file.write("no event\n")
         work(SQLITE)
     assert {"pipeline/digits", "distill/align_ti"} <= set(runs())
-    told = capfd.readouterr().err
-    assert told.count("tracking:") == 1 and f"{damaged.id}.jsonl holds a line that is no event" in told
+    stderr = capfd.readouterr().err
+    assert stderr.count("tracking:") == 1 and f"{damaged.id}.jsonl holds a line that is no event" in stderr
 
 
 @pytest.mark.usefixtures("database")
@@ -403,8 +403,8 @@ def test_whoever_was_killed_while_making_the_database_costs_nobody_a_run(workspa
     database = workspace / ".mlflow/mlflow.db"
     for half in (database, database.with_suffix(".draft")):
         half.parent.mkdir(exist_ok=True)
-        with contextlib.closing(sqlite3.connect(half)) as made:
-            made.execute("create table experiments (experiment_id integer)")
+        with contextlib.closing(sqlite3.connect(half)) as partial:
+            partial.execute("create table experiments (experiment_id integer)")
     work()
     assert mlflow_sync.sync(SQLITE) == (1, 0)
     assert all_arrived(journals()[0])["loss/sft"] == 3
@@ -416,14 +416,14 @@ def test_a_database_that_holds_runs_is_never_replaced(workspace: Path) -> None:
     work()
     mlflow_sync.sync(SQLITE)
     database = workspace / ".mlflow/mlflow.db"
-    with contextlib.closing(sqlite3.connect(database)) as opened, opened:
-        opened.execute("update alembic_version set version_num = 'of a later release'")
-    before = database.read_bytes()
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("update alembic_version set version_num = 'of a later release'")
+    original = database.read_bytes()
     (workspace / "elsewhere").mkdir()
     shutil.copy(database, workspace / "elsewhere/mlflow.db")  # MLflow keeps the other one open
     with pytest.raises(Exception, match=r"schema|revision"):
         mlflow_client.client("sqlite:///elsewhere/mlflow.db").search_experiments()
-    assert (workspace / "elsewhere/mlflow.db").read_bytes() == before
+    assert (workspace / "elsewhere/mlflow.db").read_bytes() == original
 
 
 @pytest.mark.usefixtures("database")
@@ -437,9 +437,9 @@ def test_a_clone_that_was_copied_keeps_its_pictures_to_itself(workspace: Path, m
     with stage_run("later", runtime=runtime()) as run:
         run.artifact(workspace / "curve.png")
     assert mlflow_sync.sync(SQLITE) == (1, 0)
-    for found in runs().values():  # those from before the move too
-        assert [a.path for a in client().list_artifacts(found.info.run_id)] == ["curve.png"]
-        assert found.info.artifact_uri.startswith((copied / ".mlflow/artifacts").as_uri())
+    for logged in runs().values():  # those from before the move too
+        assert [a.path for a in client().list_artifacts(logged.info.run_id)] == ["curve.png"]
+        assert logged.info.artifact_uri.startswith((copied / ".mlflow/artifacts").as_uri())
     assert not (workspace / ".mlflow/artifacts").exists()
 
 
@@ -464,8 +464,8 @@ def test_an_outcome_is_recorded_once_beside_no_parent_and_found_by_the_page_that
     assert journal.register(key, **registered) and not journal.register(key, **registered)
     assert mlflow_sync.sync(SQLITE) == (1, 0), "what a journal gained after its run was sent"
     assert mlflow_sync.sync(SQLITE) == (0, 0)
-    found = runs()
-    run = found["kd-1"]
+    by_name = runs()
+    run = by_name["kd-1"]
     candidate = mlflow_registry.by_alias(client(), "tests", "candidate")
     assert candidate and candidate.tags["run.scores"] == run.info.run_id
     assert "mlflow.parentRunId" not in run.data.tags
@@ -473,7 +473,7 @@ def test_an_outcome_is_recorded_once_beside_no_parent_and_found_by_the_page_that
     assert (run.data.tags["stage"], run.data.tags["dvc.md5"], run.data.params) == ("arm", "0123", {"weights.kd": "0.0"})
     assert run.data.metrics["exact_match"] == 0.5 and run.data.metrics["cost/device_hours"] == 0.01
     address = outcome.comparison(keys, "http://x")
-    assert address and all(run.info.run_id in address for run in found.values())
+    assert address and all(run.info.run_id in address for run in by_name.values())
 
 
 # --- stages of dvc.yaml: what they read and make, and going on ----------------------------------------------------------
@@ -530,9 +530,9 @@ def test_a_stopped_stage_goes_on_in_its_run_and_tells_what_it_read_and_made(stag
     assert (run.info.status, run.data.tags["attempts"]) == ("FINISHED", "2")
     history = client().get_metric_history(run.info.run_id, "loss/sft")
     assert [(p.step, p.value) for p in history] == [(0, 0.5), (1, 9.0), (0, 2.0), (1, 3.0), (2, 2.0)]
-    made = provenance.digest(stage / "artifacts/students/align_ti").md5
-    assert run.data.tags["out.artifacts/students/align_ti"] == made
-    assert provenance.maker(made) == journal.stem
+    md5 = provenance.digest(stage / "artifacts/students/align_ti").md5
+    assert run.data.tags["out.artifacts/students/align_ti"] == md5
+    assert provenance.maker(md5) == journal.stem
     assert {i.dataset.name: i.dataset.digest for i in run.inputs.dataset_inputs}["data"] == "0123.dir"
     assert {a.path for a in client().list_artifacts(run.info.run_id)} == {"curve.png", "made", "origin.json"}
     work(SQLITE)
@@ -587,16 +587,16 @@ def test_a_stage_that_another_process_is_running_is_not_gone_on_with(stage: Path
 def test_restored_bytes_are_linked_to_the_run_that_made_them(stage: Path) -> None:
     work()
     (maker,) = journals()
-    made = provenance.digest(stage / "artifacts/students/align_ti")
+    output = provenance.digest(stage / "artifacts/students/align_ti")
     with stage_run("pipeline", runtime=runtime()) as run:
-        run.link("stage.known", provenance.maker(made.md5))
-        run.link("stage.elsewhere", None, "artifacts/students/align_ti", made.md5)  # as on a machine without that journal
+        run.link("stage.known", provenance.maker(output.md5))
+        run.link("stage.elsewhere", None, "artifacts/students/align_ti", output.md5)  # as on a machine without that journal
         run.link("stage.nowhere", None, "artifacts/students/align_ti", "0000.dir")
     mlflow_sync.sync(SQLITE)
-    found = runs()
-    tags = found["pipeline"].data.tags
-    assert found["distill/align_ti"].data.tags["alignti.run"] == maker.stem
-    assert tags["stage.known"] == tags["stage.elsewhere"] == found["distill/align_ti"].info.run_id
+    by_name = runs()
+    tags = by_name["pipeline"].data.tags
+    assert by_name["distill/align_ti"].data.tags["alignti.run"] == maker.stem
+    assert tags["stage.known"] == tags["stage.elsewhere"] == by_name["distill/align_ti"].info.run_id
     assert "stage.nowhere" not in tags
 
 
@@ -655,9 +655,9 @@ def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_them(workspace:
     assert len(parents) == 2
     assert parents[0] == parents[1]
     mlflow_sync.sync(SQLITE)
-    found = runs()
-    (parent,) = (run for name, run in found.items() if name.startswith("dvc repro"))
-    assert {found[name].data.tags["mlflow.parentRunId"] for name in ("prepare", "compare")} == {parent.info.run_id}
+    by_name = runs()
+    (parent,) = (run for name, run in by_name.items() if name.startswith("dvc repro"))
+    assert {by_name[name].data.tags["mlflow.parentRunId"] for name in ("prepare", "compare")} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
 
 
@@ -714,10 +714,10 @@ def test_a_fault_of_mlflow_is_one_warning_and_an_unsent_journal_without_secrets(
     else:
         with server(500 if fault == "answers 500" else None) as address:
             work(address.replace("//", "//user:canary-password@"))
-    told = capfd.readouterr().err
-    assert told.count("tracking:") == 1
-    assert "`alignti sync` sends it later" in told
-    assert "canary" not in told
+    stderr = capfd.readouterr().err
+    assert stderr.count("tracking:") == 1
+    assert "`alignti sync` sends it later" in stderr
+    assert "canary" not in stderr
     assert b"canary" not in b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
 
     monkeypatch.delenv("PYTHONPATH", raising=False)

@@ -22,7 +22,7 @@ needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval
 needs_server = pytest.mark.skipif(find_spec("openai") is None, reason="the server's extra is not installed: `make kits`")
 
 
-# In the place of the server's last line: it is the same server, and what `generate` is given and returns is written down.
+# Replaces the server's last line: the same server, which logs the inputs and outputs of `generate`.
 RECORDING = """
 import json
 from transformers import LlavaForConditionalGeneration as Model
@@ -48,15 +48,15 @@ def endpoint(model_folder: Path, served_tokens: Path) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNTI_TEST_TOKENS", str(served_tokens))
         patch.setattr(serve, "TRANSFORMERS", serve.TRANSFORMERS.removesuffix("main()\n") + RECORDING)
-        with serve.served(model_folder, "toy@v1:b", "cpu", served_tokens.with_name("server.log")) as found:
-            yield found
+        with serve.served(model_folder, "toy@v1:b", "cpu", served_tokens.with_name("server.log")) as server:
+            yield server
 
 
 class Scripted:
-    """A server whose answers a test chooses: `answer` says (status, text) for a question. Counts what it was asked."""
+    """A server whose answers a test chooses: `answer` gives (status, text) for a question. Records its requests."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.questions: list[str] = []
         self.systems: list[str] = []
         self.images: list[str] = []  # as data URLs
         self.answer: Any = lambda question: (200, "yes")
@@ -65,17 +65,17 @@ class Scripted:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                *before, message = body["messages"]
+                *system_messages, message = body["messages"]
                 question = message["content"][-1]["text"]
-                outer.systems += [told["content"] for told in before]
-                outer.asked.append(question)
+                outer.systems += [system["content"] for system in system_messages]
+                outer.questions.append(question)
                 outer.images += [part["image_url"]["url"] for part in message["content"][:-1]]
                 status, text = outer.answer(question)
-                told = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+                payload = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(told)))
+                self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
-                self.wfile.write(told)
+                self.wfile.write(payload)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -90,9 +90,9 @@ def session(scripted: Scripted, folder: Path) -> vlmeval.Session:
 
 @pytest.fixture
 def scripted() -> Iterator[Scripted]:
-    found = Scripted()
-    thread = threading.Thread(target=found.server.serve_forever, daemon=True)
+    server = Scripted()
+    thread = threading.Thread(target=server.server.serve_forever, daemon=True)
     thread.start()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()

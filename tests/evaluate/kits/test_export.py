@@ -23,12 +23,12 @@ def sample(number: int, kind: str, answer: str, image: bytes | None = tiny._row(
 
 
 def test_each_kind_gets_the_form_that_the_kit_scores_rightly() -> None:
-    found = [sample(0, "exist", "Yes"), sample(1, "exist", "no"), sample(2, "colour", "red"), sample(3, "colour", "blue")]
-    found += [sample(4, "sum", "six"), sample(5, "sum", "sixteen")]  # an answer `sixteen` names both: the kit could not choose
-    found += [sample(6, "one", "only"), sample(7, "text", "red", image=None)]
-    found += [sample(35, "lines", "one"), sample(36, "lines", "two\nlines")]
-    found += [sample(8 + i, "many", f"word{chr(97 + i // 26)}{chr(97 + i % 26)}") for i in range(27)]
-    sets = export.sets(found, range(len(found)))
+    rows = [sample(0, "exist", "Yes"), sample(1, "exist", "no"), sample(2, "colour", "red"), sample(3, "colour", "blue")]
+    rows += [sample(4, "sum", "six"), sample(5, "sum", "sixteen")]  # an answer `sixteen` names both: the kit could not choose
+    rows += [sample(6, "one", "only"), sample(7, "text", "red", image=None)]
+    rows += [sample(35, "lines", "one"), sample(36, "lines", "two\nlines")]
+    rows += [sample(8 + i, "many", f"word{chr(97 + i // 26)}{chr(97 + i % 26)}") for i in range(27)]
+    sets = export.sets(rows, range(len(rows)))
     assert [(s.form, s.rows) for s in sets] == [("mcq", [2, 3]), ("yes_no", [0, 1]), ("vqa", [4, 5, 6, *range(8, 37)])]
 
 
@@ -36,9 +36,9 @@ COLOURS = ["red", "green", "blue", "grey"]
 
 
 def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
-    found = [sample(0, "colour", "Red."), sample(1, "colour", "blue"), sample(2, "digit", "one"), sample(3, "digit", "two")]
-    (kit_set,) = export.sets(found, range(4))
-    path = export.write(kit_set, found, tmp_path / "mcq.tsv", seed=1)
+    samples = [sample(0, "colour", "Red."), sample(1, "colour", "blue"), sample(2, "digit", "one"), sample(3, "digit", "two")]
+    (kit_set,) = export.sets(samples, range(4))
+    path = export.write(kit_set, samples, tmp_path / "mcq.tsv", seed=1)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
     assert [(r["index"], r[r["answer"]], {r["A"], r["B"]}, r["category"]) for r in rows] == [
         ("0", "red", {"blue", "red"}, "colour"),
@@ -46,15 +46,15 @@ def test_the_files_hold_what_the_kit_reads(tmp_path: Path) -> None:
         ("2", "one", {"one", "two"}, "digit"),
         ("3", "two", {"one", "two"}, "digit"),
     ]
-    assert rows[0]["question"] == "What, 0?" and base64.b64decode(rows[0]["image"]) == found[0].image
+    assert rows[0]["question"] == "What, 0?" and base64.b64decode(rows[0]["image"]) == samples[0].image
     assert vlmeval.check_tsv(path) == ("mcq", 4)
 
 
 def test_several_images_are_a_list_and_those_among_words_keep_their_marks(tmp_path: Path) -> None:
-    one, other = sample(0, "compare", "same"), sample(1, "compare", "other")
-    opened = replace(one, turns=(Turn("<image><image>\nAlike?", "same"),), more=(other.image,))
-    among = replace(other, turns=(Turn("Is <image> like <image>?", "other"),), more=(one.image,))
-    for samples, form, question in (([opened, other], "mcq", "Alike?"), ([among, opened], "vqa", "Is <image> like <image>?")):
+    red, blue = sample(0, "compare", "same"), sample(1, "compare", "other")
+    opened = replace(red, turns=(Turn("<image><image>\nAlike?", "same"),), more=(blue.image,))
+    among = replace(blue, turns=(Turn("Is <image> like <image>?", "other"),), more=(red.image,))
+    for samples, form, question in (([opened, blue], "mcq", "Alike?"), ([among, opened], "vqa", "Is <image> like <image>?")):
         (kit_set,) = export.sets(samples, range(2))
         path = export.write(kit_set, samples, tmp_path / "set.tsv", seed=1)
         first = next(vlmeval.table(path))
@@ -64,32 +64,32 @@ def test_several_images_are_a_list_and_those_among_words_keep_their_marks(tmp_pa
 
 
 def test_options_stand_in_an_order_of_each_question_that_the_seed_decides(tmp_path: Path) -> None:
-    found = [sample(i, "colour", COLOURS[i % 4]) for i in range(200)]
-    (kit_set,) = export.sets(found, range(200))
+    samples = [sample(i, "colour", COLOURS[i % 4]) for i in range(200)]
+    (kit_set,) = export.sets(samples, range(200))
 
     def orders(seed: int, rows: Sequence[int] = kit_set.rows) -> dict[str, list[str]]:
-        path = export.write(export.KitSet("mcq", list(rows)), found, tmp_path / "o.tsv", seed)
+        path = export.write(export.KitSet("mcq", list(rows)), samples, tmp_path / "o.tsv", seed)
         table = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
         assert [r[r["answer"]] for r in table] == [COLOURS[int(r["index"]) % 4] for r in table]  # the letter moved along
         return {r["index"]: [r[letter] for letter in "ABCD"] for r in table}
 
-    one = orders(seed=1)
-    assert one == orders(seed=1) and one != orders(seed=2)
-    assert orders(seed=1, rows=kit_set.rows[50:]) == {row: order for row, order in one.items() if int(row) >= 50}
-    assert len({tuple(order) for order in one.values()}) == 24
-    right = [order.index(COLOURS[int(row) % 4]) for row, order in one.items()]
-    assert all(30 <= right.count(place) <= 70 for place in range(4))  # no letter is a good guess
+    seeded = orders(seed=1)
+    assert seeded == orders(seed=1) and seeded != orders(seed=2)
+    assert orders(seed=1, rows=kit_set.rows[50:]) == {row: order for row, order in seeded.items() if int(row) >= 50}
+    assert len({tuple(order) for order in seeded.values()}) == 24
+    right = [order.index(COLOURS[int(row) % 4]) for row, order in seeded.items()]
+    assert all(30 <= right.count(position) <= 70 for position in range(4))  # no letter is a good guess
 
 
 def test_every_rotation_of_a_question_is_a_row(tmp_path: Path) -> None:
-    found = [sample(i, "colour", COLOURS[i]) for i in range(4)]
-    (kit_set,) = export.sets(found, range(4))
-    path = export.write(kit_set, found, tmp_path / "turned.tsv", seed=1, rotations=True)
+    samples = [sample(i, "colour", COLOURS[i]) for i in range(4)]
+    (kit_set,) = export.sets(samples, range(4))
+    path = export.write(kit_set, samples, tmp_path / "turned.tsv", seed=1, rotations=True)
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
     for row in range(4):
-        mine = [r for r in rows if int(r["index"]) % export.ROTATION_OFFSET == row]
-        assert [int(r["index"]) // export.ROTATION_OFFSET for r in mine] == [0, 1, 2, 3]
-        assert {r["answer"] for r in mine} == set("ABCD") and {r[r["answer"]] for r in mine} == {COLOURS[row]}
+        rotations = [r for r in rows if int(r["index"]) % export.ROTATION_OFFSET == row]
+        assert [int(r["index"]) // export.ROTATION_OFFSET for r in rotations] == [0, 1, 2, 3]
+        assert {r["answer"] for r in rotations} == set("ABCD") and {r[r["answer"]] for r in rotations} == {COLOURS[row]}
 
 
 def tsv(path: Path, *rows: str) -> Path:
@@ -106,8 +106,8 @@ def test_a_file_that_the_kit_would_mix_up_or_thin_out_is_refused_by_row(tmp_path
     twice = tsv(tmp_path / "twice.tsv", *rows)
     with pytest.raises(DataError) as refused:
         vlmeval.check_tsv(twice)
-    told = ["index 1 stands 2 times", "index 2 has no image", "index 3: its image is missing", "index 4: its image is missing"]
-    for problem in (*told, "nothing was asked"):
+    named = ["index 1 stands 2 times", "index 2 has no image", "index 3: its image is missing", "index 4: its image is missing"]
+    for problem in (*named, "nothing was asked"):
         assert problem in str(refused.value)
     assert vlmeval.check_tsv(tsv(tmp_path / "fine.tsv", f"1\t{IMAGE}\tq\tYes", "2\t1\tr\tno")) == (
         "yes_no",

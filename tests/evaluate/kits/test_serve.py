@@ -55,7 +55,7 @@ def test_an_open_door_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv(client.KEY, raising=False)
     assert not serve.is_loopback(host)
     for server in ("openai uvicorn fastapi", "vllm"):
-        monkeypatch.setattr(serve, "find_spec", lambda name, there=server: name in there)
+        monkeypatch.setattr(serve, "find_spec", lambda name, installed=server: name in installed)
         with pytest.raises(InputError, match="open to others"):
             serve.command(Path("m"), host, 1, "cpu")
     monkeypatch.setenv(client.KEY, "secret")

@@ -40,9 +40,9 @@ def test_the_model_has_one_name_in_the_list_in_requests_and_in_answers(endpoint:
     """It was asked for as `toy@v1:b`, of which the server would make revision `v1:b` of a model of the hub."""
     with urlopen(f"{endpoint.url}/v1/models") as answer:
         assert [model["id"] for model in json.load(answer)["data"]] == ["toy-v1-b"] == [endpoint.model]
-    asked = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    request = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     kind = {"Content-Type": "application/json"}
-    with urlopen(Request(f"{endpoint.url}/v1/chat/completions", json.dumps(asked).encode(), kind)) as answer:
+    with urlopen(Request(f"{endpoint.url}/v1/chat/completions", json.dumps(request).encode(), kind)) as answer:
         assert json.load(answer)["model"] == endpoint.model
 
 
@@ -57,22 +57,22 @@ def test_the_served_student_says_what_direct_generation_says_token_for_token(
     generate = loaded.model.generate
 
     def recorded(**inputs: Any) -> torch.Tensor:
-        found: torch.Tensor = generate(**inputs)
+        sequences: torch.Tensor = generate(**inputs)
         width = inputs["input_ids"].shape[1]
-        for prompt, mask, tokens in zip(inputs["input_ids"], inputs["attention_mask"], found, strict=True):
+        for prompt, mask, tokens in zip(inputs["input_ids"], inputs["attention_mask"], sequences, strict=True):
             answer = tokens[width:].tolist()
             end = answer.index(eos) + 1 if eos in answer else len(answer)  # the rest is padding
             direct.append([prompt[mask.bool()].tolist(), answer[:end]])
-        return found
+        return sequences
 
     eos = loaded.processor.tokenizer.eos_token_id
     monkeypatch.setattr(loaded.model, "generate", recorded)
     expected = answers(loaded, samples, rows, Template(""), 64, settings, "tests")
-    before = len(served_tokens.read_text().splitlines()) if served_tokens.exists() else 0
+    recorded_lines = len(served_tokens.read_text().splitlines()) if served_tokens.exists() else 0
     assert [
         chat_completion(endpoint, [s.image or b"", question_of(s.turns[0])], 6) for s in (samples[row] for row in rows)
     ] == expected
-    served = [json.loads(line) for line in served_tokens.read_text().splitlines()[before:]]
+    served = [json.loads(line) for line in served_tokens.read_text().splitlines()[recorded_lines:]]
     assert len(served) == len(rows) and sorted(served) == sorted(direct)
     assert len(set(expected)) > 6
 
@@ -86,12 +86,12 @@ def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answ
     assert chat_completion(endpoint, [samples[0].image or b"", "List all."], 2)
 
 
-ASKED = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+REQUEST = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 
 
 @needs_server
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"messages": []}, "messages is empty"),
         ({"messages": None}, "messages is empty"),
@@ -108,11 +108,11 @@ ASKED = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         ({"temperature": "hot"}, "ValueError: could not convert string to float: 'hot'"),
     ],
 )
-def test_a_wrong_request_is_told_what_is_wrong(endpoint: Endpoint, wrong: dict[str, Any], said: str) -> None:
-    body = json.dumps({"model": endpoint.model, **ASKED, **wrong}).encode()
+def test_a_wrong_request_is_told_what_is_wrong(endpoint: Endpoint, wrong: dict[str, Any], message: str) -> None:
+    body = json.dumps({"model": endpoint.model, **REQUEST, **wrong}).encode()
     with pytest.raises(HTTPError) as refusal:
         urlopen(Request(f"{endpoint.url}/v1/chat/completions", body, {"Content-Type": "application/json"}))
-    assert refusal.value.code == 400 and said in json.load(refusal.value)["detail"]
+    assert refusal.value.code == 400 and message in json.load(refusal.value)["detail"]
 
 
 @needs_server
@@ -151,27 +151,27 @@ def test_three_ways_of_measuring_one_student_agree(
     monkeypatch.setattr("sys.argv", ["evaluate", "--arm", "sft"])
     evaluate_stage()
     evaluate([], ["sft"], [])
-    found = {scores.kit: scores for scores in Table.read(REPORTS / "kits.json").scores}
-    assert list(found) == list(table.KITS)
-    own = found["own"]
+    by_kit = {scores.kit: scores for scores in Table.read(REPORTS / "kits.json").scores}
+    assert list(by_kit) == list(table.KITS)
+    stage = by_kit["own"]
     for kit in ("vlmeval", "lm-eval"):
-        assert [verdict.model_dump() for verdict in found[kit].disagreements] == []
-        assert found[kit].exact_match == own.exact_match and found[kit].per_kind == own.per_kind
-        assert not found[kit].other_answers and not found[kit].failed
-        assert found[kit].samples == own.samples == 32
+        assert [verdict.model_dump() for verdict in by_kit[kit].disagreements] == []
+        assert by_kit[kit].exact_match == stage.exact_match and by_kit[kit].per_kind == stage.per_kind
+        assert not by_kit[kit].other_answers and not by_kit[kit].failed
+        assert by_kit[kit].samples == stage.samples == 32
         same = {"dataset", "dataset_hash", "prompt_hash", "decoding", "transformers", "dtype", "device"}
         for name in same:
-            assert getattr(found[kit].fingerprint, name) == getattr(own.fingerprint, name), name
-    assert 0.5 < own.exact_match <= 1
-    shown = (REPORTS / "kits.md").read_text()
-    share = f"{own.exact_match:.2%}"
-    assert f"| sft | {share} | {share} | {share} | 0 | 0 |" in shown and "yes, but for kit and judge" in shown
+            assert getattr(by_kit[kit].fingerprint, name) == getattr(stage.fingerprint, name), name
+    assert 0.5 < stage.exact_match <= 1
+    report = (REPORTS / "kits.md").read_text()
+    share = f"{stage.exact_match:.2%}"
+    assert f"| sft | {share} | {share} | {share} | 0 | 0 |" in report and "yes, but for kit and judge" in report
     assert capsys.readouterr().out.count("reports/kits.md") == 3
     monkeypatch.setattr(serve, "served", None)  # nothing is asked again
     evaluate(["vlmeval", "lm-eval"], ["sft"], [])
     assert capsys.readouterr().out.count("measured before") == 2
     assert [scores.model_dump() for scores in Table.read(REPORTS / "kits.json").scores] == [
-        s.model_dump() for s in found.values()
+        s.model_dump() for s in by_kit.values()
     ]
     shutil.copytree(STUDENTS / "kd/model", STUDENTS / "sft/model", dirs_exist_ok=True)  # the student is trained again
     assert table.read(lambda arm: sha256([STUDENTS / arm / "model"])).scores == []

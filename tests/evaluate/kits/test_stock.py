@@ -31,8 +31,8 @@ ORDERS = [COLOURS[turn:] + COLOURS[:turn] for turn in range(4)]
 
 def choices(_: str) -> list[tuple[Row, str]]:
     """Half of four right: a letter, a letter in prose, the wrong letter, and silence."""
-    said = ["A", "The answer is B.", "D", ""]
-    return [({**dict(zip("ABCD", COLOURS, strict=True)), "answer": "ABCD"[i], "category": "c"}, said[i]) for i in range(4)]
+    replies = ["A", "The answer is B.", "D", ""]
+    return [({**dict(zip("ABCD", COLOURS, strict=True)), "answer": "ABCD"[i], "category": "c"}, replies[i]) for i in range(4)]
 
 
 def circular(_: str) -> list[tuple[Row, str]]:
@@ -54,7 +54,7 @@ def words(_: str) -> list[tuple[Row, str]]:
 def of_ten(_: str) -> list[tuple[Row, str]]:
     """Worth 1, 0.6, 0 and 0: all ten people, two of ten, none, and silence."""
     answers = [["stop"] * 10, ["ice"] * 2 + ["snow"] * 8, ["red"] * 10, ["red"] * 10]
-    return [({"answer": str(ten)}, said) for ten, said in zip(answers, ["Stop", "ice", "blue", ""], strict=True)]
+    return [({"answer": str(ten)}, reply) for ten, reply in zip(answers, ["Stop", "ice", "blue", ""], strict=True)]
 
 
 def numbers(_: str) -> list[tuple[Row, str]]:
@@ -64,36 +64,36 @@ def numbers(_: str) -> list[tuple[Row, str]]:
 def objects(_: str) -> list[tuple[Row, str]]:
     """One of two there is seen, one of two absent ones claimed: precision, recall and F1 of a half."""
     pairs = [("Yes", "Yes"), ("Yes", ""), ("No", "No, there is none."), ("No", "yes")]
-    return [({"answer": a, "category": "random,popular" if i == 0 else "random"}, said) for i, (a, said) in enumerate(pairs)]
+    return [({"answer": a, "category": "random,popular" if i == 0 else "random"}, reply) for i, (a, reply) in enumerate(pairs)]
 
 
 def pairs(_: str) -> list[tuple[Row, str]]:
     """One picture right twice, one once: accuracy 75, accuracy+ 50."""
     answers = [("i0", "Yes", "yes"), ("i0", "No", "no"), ("i1", "Yes", "Yes"), ("i1", "No", "yes")]
-    return [({"answer": a, "category": "existence", "image_path": f"{i}.png"}, said) for i, a, said in answers]
+    return [({"answer": a, "category": "existence", "image_path": f"{i}.png"}, reply) for i, a, reply in answers]
 
 
 def figures(_: str) -> list[tuple[Row, str]]:
     """Two figures, two questions each, one answer wrong: 75 per answer, 50 per figure, 50 per question."""
     names = [(f, q) for f in (0, 1) for q in (0, 1)]
     row = {"category": "VD", "l2-category": "chart"}
-    said = ["Yes", "Yes", "Yes", "No"]
-    return [({**row, "index": f"VD_chart_x_0_{f}_{q}", "answer": "Yes"}, said[i]) for i, (f, q) in enumerate(names)]
+    replies = ["Yes", "Yes", "Yes", "No"]
+    return [({**row, "index": f"VD_chart_x_0_{f}_{q}", "answer": "Yes"}, replies[i]) for i, (f, q) in enumerate(names)]
 
 
 def read(_: str) -> list[tuple[Row, str]]:
-    said = [("['EXIT']", "It says Exit."), ("['12', 'twelve']", "twelve"), ("['open']", "closed"), ("['open']", "")]
-    return [({"answer": a, "category": "Regular Text Recognition"}, answer) for a, answer in said]
+    cases = [("['EXIT']", "It says Exit."), ("['12', 'twelve']", "twelve"), ("['open']", "closed"), ("['open']", "")]
+    return [({"answer": a, "category": "Regular Text Recognition"}, answer) for a, answer in cases]
 
 
-def answer(row: Row, said: str) -> Answer:
+def answer(row: Row, reply: str) -> Answer:
     """The planted row as our own metrics take it."""
     options = {letter: row[letter] for letter in "ABCD" if letter in row}
     true = ast.literal_eval(row["answer"]) if row["answer"].startswith("[") else [row["answer"]]
     index = str(row["index"])
     question = index.rsplit("_", 1)[1] if "_" in index else str(int(index) % 10**6)
     image = row.get("image_path") or (index.split("_")[4] if "_" in index else index)
-    return Answer(said, tuple(true), options, image=image, question=question, category=row.get("category", ""))
+    return Answer(reply, tuple(true), options, image=image, question=question, category=row.get("category", ""))
 
 
 # the kit's figure, and ours of the same answers; a share where the kit states one
@@ -117,21 +117,21 @@ VIDEO = ("mvbench", "video_mme")
 
 
 def plant(name: str, folder: Path) -> tuple[Path, dict[str, str], list[Answer]]:
-    """The file of benchmark `name`, what the model says to each question, and the same answers for our metrics."""
-    rows, said, answers = [], {}, []
-    for place, (row, spoken) in enumerate(CASES[name][0](name)):
-        full = {"index": place, "image": IMAGE, "question": f"What, {name} {place}?", "split": "none", **row}
+    """The file of benchmark `name`, the model's answer to each question, and the same answers for our metrics."""
+    rows, replies, answers = [], {}, []
+    for index, (row, reply) in enumerate(CASES[name][0](name)):
+        full = {"index": index, "image": IMAGE, "question": f"What, {name} {index}?", "split": "none", **row}
         if name in ("pope", "mme", "hallusion", "ocrbench", "gqa", "textvqa", "chartqa"):
             del full["split"]
-        said[full["question"]] = spoken
+        replies[full["question"]] = reply
         rows.append(full)
-        answers.append(answer(full, spoken))
+        answers.append(answer(full, reply))
     path = folder / f"{name}.tsv"
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    return path, said, answers
+    return path, replies, answers
 
 
 def digest(path: Path) -> str:
@@ -144,25 +144,27 @@ def test_every_benchmark_that_is_no_video_has_a_case() -> None:
 
 @needs_vlmeval
 def test_the_light_kit_scores_its_own_benchmarks_as_we_do_and_as_is_known_by_hand(scripted: Scripted, tmp_path: Path) -> None:
-    said: dict[str, str] = {}
+    replies: dict[str, str] = {}
     tasks, ours = [], {}
     for name in CASES:
         path, spoken, ours[name] = plant(name, tmp_path)
-        said |= spoken
+        replies |= spoken
         tasks.append(f"{BENCHMARKS[name].kit_dataset}={path}")
-    scripted.answer = lambda prompt: (200, said[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]
-    told = vlmeval.score_tasks(session(scripted, tmp_path), tasks)
-    assert len(scripted.asked) == len(said)  # each once, and whichever way the kit words it
-    assert any("Please select the correct answer from the options above" in prompt for prompt in scripted.asked)
-    for name, (_, figure, kits, metric, own) in CASES.items():
-        found = {key: value for key, value in told.items() if key.startswith(f"{BENCHMARKS[name].kit_dataset} (file ")}
-        exact = [value for key, value in found.items() if key.endswith((f"not the kit's)/{figure}", f"/none/{figure}"))]
-        assert exact == [pytest.approx(kits)], (name, found)
-        mine = score(metric, ours[name])  # type: ignore[arg-type]
-        assert mine["perception" if name == "mme" else "score"] == pytest.approx(own), name
-    hallusion = {key.rsplit("/", 1)[1]: v for key, v in told.items() if key.startswith("HallusionBench") and "/Overall/" in key}
+    scripted.answer = lambda prompt: (200, replies[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]
+    scores = vlmeval.score_tasks(session(scripted, tmp_path), tasks)
+    assert len(scripted.questions) == len(replies)  # each once, and whichever way the kit words it
+    assert any("Please select the correct answer from the options above" in prompt for prompt in scripted.questions)
+    for name, (_, figure, kits, metric, expected) in CASES.items():
+        of_task = {key: value for key, value in scores.items() if key.startswith(f"{BENCHMARKS[name].kit_dataset} (file ")}
+        exact = [value for key, value in of_task.items() if key.endswith((f"not the kit's)/{figure}", f"/none/{figure}"))]
+        assert exact == [pytest.approx(kits)], (name, of_task)
+        ours_scored = score(metric, ours[name])  # type: ignore[arg-type]
+        assert ours_scored["perception" if name == "mme" else "score"] == pytest.approx(expected), name
+    hallusion = {
+        key.rsplit("/", 1)[1]: v for key, v in scores.items() if key.startswith("HallusionBench") and "/Overall/" in key
+    }
     assert hallusion == pytest.approx({"aAcc": 75, "fAcc": 50, "qAcc": 50})
-    assert sum(key.endswith("/no answer") for key in told) == sum("" in [s for _, s in CASES[n][0](n)] for n in CASES)
+    assert sum(key.endswith("/no answer") for key in scores) == sum("" in [s for _, s in CASES[n][0](n)] for n in CASES)
 
 
 @needs_vlmeval
@@ -173,28 +175,28 @@ def test_questions_of_ones_own_need_no_more_than_the_four_columns(scripted: Scri
         lines = [f"{i}\t{IMAGE}\tWhat, {name} {i}?\t{answer}{options}" for i, answer in enumerate(right)]
         head = "index\timage\tquestion\tanswer" + ("\tA\tB" if options else "")
         (tmp_path / f"{name}.tsv").write_text("\n".join([head, *lines]) + "\n")
-    said = {"closed": "yes", "lettered": "A", "open": "red"}
-    scripted.answer = lambda prompt: (200, next(answer for name, answer in said.items() if name in prompt))
+    replies = {"closed": "yes", "lettered": "A", "open": "red"}
+    scripted.answer = lambda prompt: (200, next(answer for name, answer in replies.items() if name in prompt))
     files = [str(tmp_path / f"{name}.tsv") for name in forms]
-    told = vlmeval.score_tasks(session(scripted, tmp_path), files)
-    assert told["closed_POPE/Overall/acc"] == told["closed_POPE/Overall/precision"] == 50
-    assert told["lettered/none/Overall"] == told["open/exact match (ours)"] == 0.5
+    scores = vlmeval.score_tasks(session(scripted, tmp_path), files)
+    assert scores["closed_POPE/Overall/acc"] == scores["closed_POPE/Overall/precision"] == 50
+    assert scores["lettered/none/Overall"] == scores["open/exact match (ours)"] == 0.5
 
 
 @needs_vlmeval
 def test_a_benchmark_is_asked_without_its_images_as_a_control(scripted: Scripted, tmp_path: Path) -> None:
-    path, said, _ = plant("pope", tmp_path)
-    scripted.answer = lambda prompt: (200, said[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]
-    told = vlmeval.score_tasks(session(scripted, tmp_path), [f"POPE={path}"], blank=True)
-    assert {key.split("/")[0] for key in told if "no answer" not in key} == {
+    path, replies, _ = plant("pope", tmp_path)
+    scripted.answer = lambda prompt: (200, replies[re.search(r"What, \w+ \d+\?", prompt).group()])  # type: ignore[union-attr]
+    scores = vlmeval.score_tasks(session(scripted, tmp_path), [f"POPE={path}"], blank=True)
+    assert {key.split("/")[0] for key in scores if "no answer" not in key} == {
         f"POPE (file {digest(path)}, not the kit's), blank images"
     }
-    (shown,) = set(scripted.images)
+    (url,) = set(scripted.images)
     with (
-        Image.open(io.BytesIO(base64.b64decode(shown.split(",")[1]))) as image,
-        Image.open(io.BytesIO(base64.b64decode(IMAGE))) as own,
+        Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image,
+        Image.open(io.BytesIO(base64.b64decode(IMAGE))) as planted,
     ):
-        assert image.size == own.size and image.getcolors() == [(own.size[0] * own.size[1], GREY)]
+        assert image.size == planted.size and image.getcolors() == [(planted.size[0] * planted.size[1], GREY)]
 
 
 @needs_vlmeval
@@ -209,7 +211,7 @@ def test_a_benchmark_file_with_another_md5_is_not_taken_for_the_kits(
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody is there: the kit cannot fetch the right one
     with pytest.raises(TryAgainError, match="VLMEvalKit ended with 1"):
         vlmeval.score_tasks(session(scripted, tmp_path), ["MMStar"])
-    assert not scripted.asked and "md5 does not match" in (tmp_path / "kit.log").read_text()
+    assert not scripted.questions and "md5 does not match" in (tmp_path / "kit.log").read_text()
 
 
 @needs_vlmeval

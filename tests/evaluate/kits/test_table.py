@@ -27,10 +27,10 @@ def test_what_is_not_there_is_named_before_anything_runs(workplace: Path) -> Non
 
 
 def test_figures_of_tasks_go_with_the_model_that_they_are_of(tmp_path: Path) -> None:
-    found = table.with_tasks(Table(scores=[], tasks={}), "vlmeval", "sft", "a" * 64, {"MMStar/none/Overall": 0.25})
-    found = table.with_tasks(found, "vlmeval", "sft", "a" * 64, {"POPE/Overall/Overall": 80})
-    table.write(found, tmp_path)
+    results = table.with_tasks(Table(scores=[], tasks={}), "vlmeval", "sft", "a" * 64, {"MMStar/none/Overall": 0.25})
+    results = table.with_tasks(results, "vlmeval", "sft", "a" * 64, {"POPE/Overall/Overall": 80})
+    table.write(results, tmp_path)
     assert "| vlmeval/sft | MMStar/none/Overall | 0.25 |" in (tmp_path / "kits.md").read_text()
-    assert table.read(lambda arm: {"sft": "a" * 64}[arm], tmp_path) == found
-    assert found.tasks["vlmeval/sft"].figures == {"MMStar/none/Overall": 0.25, "POPE/Overall/Overall": 80}
+    assert table.read(lambda arm: {"sft": "a" * 64}[arm], tmp_path) == results
+    assert results.tasks["vlmeval/sft"].figures == {"MMStar/none/Overall": 0.25, "POPE/Overall/Overall": 80}
     assert table.read(lambda arm: "b" * 64, tmp_path).tasks == {}  # trained again

@@ -37,14 +37,14 @@ ANSWERS = {  # question -> (kind, reference, what the model says)
 }
 
 
-def found() -> list[Sample]:
+def planted_samples() -> list[Sample]:
     """Two show two images."""
     image = tiny._row("x", 0, {}).image or b""
     samples = []
     for i, (question, (kind, reference, _)) in enumerate(ANSWERS.items()):
         count = 1 + (question in ("exist right", "exist endless"))
-        asked = Turn("<image>\n" * count + question, reference)
-        samples.append(Sample(f"s{i}", f"i{i}", kind, image, (asked,), (image,) * (count - 1)))
+        turn = Turn("<image>\n" * count + question, reference)
+        samples.append(Sample(f"s{i}", f"i{i}", kind, image, (turn,), (image,) * (count - 1)))
     return samples
 
 
@@ -55,42 +55,42 @@ def say(question: str) -> tuple[int, str]:
 
 @needs_vlmeval
 def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scripted, tmp_path: Path) -> None:
-    samples = found()
+    samples = planted_samples()
     sets = export.sets(samples, range(len(samples)))
     assert [s.form for s in sets] == ["mcq", "yes_no", "vqa"]
     scripted.answer = say
     (tmp_path / "work").mkdir()
     (tmp_path / "work/student_AlignTI_MCQ.tsv").write_text("left over from another run")
-    told = vlmeval.score_split(session(scripted, tmp_path), samples, sets, seed=1)
-    asked = list(ANSWERS)
-    said = {asked[row]: answer for row, answer in told.answers.items()}
-    assert set(said) == set(ANSWERS) and len(scripted.images) == len(ANSWERS) + 2  # nothing is lost
-    assert {asked[row] for row in told.verdicts} == {name for name in asked if not name.startswith("sum")}
-    for row, verdict in told.verdicts.items():
-        assert verdict == matches(said[asked[row]], samples[row].turns[0].answer), asked[row]
-    assert {asked[row] for row, verdict in told.verdicts.items() if verdict} == {
+    result = vlmeval.score_split(session(scripted, tmp_path), samples, sets, seed=1)
+    questions = list(ANSWERS)
+    answers = {questions[row]: answer for row, answer in result.answers.items()}
+    assert set(answers) == set(ANSWERS) and len(scripted.images) == len(ANSWERS) + 2  # nothing is lost
+    assert {questions[row] for row in result.verdicts} == {name for name in questions if not name.startswith("sum")}
+    for row, verdict in result.verdicts.items():
+        assert verdict == matches(answers[questions[row]], samples[row].turns[0].answer), questions[row]
+    assert {questions[row] for row, verdict in result.verdicts.items() if verdict} == {
         "colour right", "colour with a point", "exist right"
     }  # fmt: skip
-    assert {asked[row] for row in told.failed} == {"colour refused"} and "broken" in str(told.failed)
-    assert {asked[row] for row in told.overlong} == {"colour endless", "exist endless"}
-    assert said["colour nothing"] == said["colour refused"] == said["colour endless"] == ""
-    assert told.figures == {
+    assert {questions[row] for row in result.failed} == {"colour refused"} and "broken" in str(result.failed)
+    assert {questions[row] for row in result.overlong} == {"colour endless", "exist endless"}
+    assert answers["colour nothing"] == answers["colour refused"] == answers["colour endless"] == ""
+    assert result.figures == {
         "yes_no/f1": pytest.approx(0.5),  # of two yes one said, of two said one right
         "yes_no/accuracy": pytest.approx(0.25),
         "yes_no/precision": pytest.approx(0.5),
         "yes_no/recall": pytest.approx(0.5),
     }
-    kept = (tmp_path / "answers.jsonl").read_text()
-    assert kept.count("\n") == len(ANSWERS) - 1 and len(kept) > 200_000  # all of the overlong ones; not the refused one
+    journal = (tmp_path / "answers.jsonl").read_text()
+    assert journal.count("\n") == len(ANSWERS) - 1 and len(journal) > 200_000  # all of the overlong ones; not the refused one
 
 
 @needs_vlmeval
 def test_a_crash_half_way_keeps_the_answers_and_the_next_run_asks_the_rest(scripted: Scripted, tmp_path: Path) -> None:
-    samples = found()
+    samples = planted_samples()
     sets = export.sets(samples, range(len(samples)))
 
     def breaking(question: str) -> tuple[int, str]:
-        if len(scripted.asked) > 5:
+        if len(scripted.questions) > 5:
             scripted.server.socket.close()  # the server is gone
         return say(question)
 
@@ -98,18 +98,18 @@ def test_a_crash_half_way_keeps_the_answers_and_the_next_run_asks_the_rest(scrip
     scripted.answer = breaking
     with pytest.raises(TryAgainError, match=r"VLMEvalKit ended with 1.*kept"):
         vlmeval.score_split(session(scripted, tmp_path), samples, sets, seed=1)
-    known = {key for line in journal.read_text().splitlines() for key in json.loads(line)}
-    assert 3 <= len(known) < len(ANSWERS) - 1
-    again = Scripted()
-    again.answer = say
-    threading.Thread(target=again.server.serve_forever, daemon=True).start()
+    saved = {key for line in journal.read_text().splitlines() for key in json.loads(line)}
+    assert 3 <= len(saved) < len(ANSWERS) - 1
+    restarted = Scripted()
+    restarted.answer = say
+    threading.Thread(target=restarted.server.serve_forever, daemon=True).start()
     try:
-        told = vlmeval.score_split(session(again, tmp_path), samples, sets, seed=1)
+        result = vlmeval.score_split(session(restarted, tmp_path), samples, sets, seed=1)
     finally:
-        again.server.shutdown()
-        again.server.server_close()
-    assert len(again.asked) == len(ANSWERS) - len(known)
-    assert len(told.answers) == len(ANSWERS) and sum(told.verdicts.values()) == 3
+        restarted.server.shutdown()
+        restarted.server.server_close()
+    assert len(restarted.questions) == len(ANSWERS) - len(saved)
+    assert len(result.answers) == len(ANSWERS) and sum(result.verdicts.values()) == 3
 
 
 @needs_vlmeval
@@ -117,10 +117,10 @@ def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(
     """Colours are found wherever they stand; digits are always answered with A: right in one order, in none of all."""
     image = tiny._row("x", 0, {}).image
     kinds = {"colour": ["red", "blue", "grey"], "digit": ["one", "two", "three"]}
-    asked = [(kind, word) for kind, words in kinds.items() for word in words]
+    cases = [(kind, word) for kind, words in kinds.items() for word in words]
     samples = [
         Sample(f"s{i}", f"i{i}", kind, image, (Turn(f"<image>\nWhich {kind}: {word}?", word),))
-        for i, (kind, word) in enumerate(asked)
+        for i, (kind, word) in enumerate(cases)
     ]
     (kit_set,) = export.sets(samples, range(len(samples)))
 
@@ -134,7 +134,7 @@ def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(
         str(export.write(kit_set, samples, tmp_path / "AlignTI_Options.tsv", seed=1)),
         str(export.write(kit_set, samples, tmp_path / "AlignTI_Circular.tsv", seed=1, rotations=True)),
     ]
-    told = vlmeval.score_tasks(session(scripted, tmp_path), files)
+    figures = vlmeval.score_tasks(session(scripted, tmp_path), files)
     ours = {}
     for name, metric in (("AlignTI_Options", "choice_vlmeval"), ("AlignTI_Circular", "choice_circular")):
         rows = list(vlmeval.table(tmp_path / f"work/student_{name}.tsv"))
@@ -150,9 +150,9 @@ def test_shown_in_other_orders_an_option_is_found_and_a_favourite_letter_is_not(
         ]
         for kind in kinds:
             of_kind = [a for a in ours[name] if a.category == kind]
-            assert 100 * told[f"{name}/none/{kind}"] == pytest.approx(score(metric, of_kind)["score"])  # type: ignore[arg-type]
-    assert told["AlignTI_Options/none/colour"] == told["AlignTI_Circular/none/colour"] == 1
-    assert told["AlignTI_Circular/none/digit"] == 0
+            assert 100 * figures[f"{name}/none/{kind}"] == pytest.approx(score(metric, of_kind)["score"])  # type: ignore[arg-type]
+    assert figures["AlignTI_Options/none/colour"] == figures["AlignTI_Circular/none/colour"] == 1
+    assert figures["AlignTI_Circular/none/digit"] == 0
     assert len(ours["AlignTI_Circular"]) == 3 * len(samples) == 3 * len(ours["AlignTI_Options"])
     digits = [a for a in ours["AlignTI_Circular"] if a.category == "digit"]
     assert score("choice_vlmeval", digits)["accuracy"] == pytest.approx(100 / 3)
