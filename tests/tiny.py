@@ -91,6 +91,6 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     """Samples `start` to `stop` of a batch of at most one image each, without their edits."""
     images = [0, *batch.visual.any(1).cumsum(0).tolist()]
     pixels = None if batch.pixel_values is None else batch.pixel_values[images[start] : images[stop]]
-    names = ("ids", "input_ids", "attention_mask", "response", "instruction", "pictures")
-    rows = {name: getattr(batch, name)[start:stop] for name in names}
+    names = ("ids", "input_ids", "attention_mask", "response", "instruction", "pictures", "dependence")
+    rows = {name: rows[start:stop] for name in names if (rows := getattr(batch, name)) is not None}
     return replace(batch, **rows, pixel_values=pixels if pixels is not None and len(pixels) else None, edits=None)

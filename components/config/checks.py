@@ -133,19 +133,24 @@ def _layer_access_checks(settings: Settings, name: str) -> Iterator[Problem]:
 
 
 def _evidence_checks(settings: Settings, name: str) -> Iterator[Problem]:
-    """Teacher evidence that L_mcd needs from `cache_teacher`."""
+    """Teacher evidence that terms need from `cache_teacher`."""
     arm, evidence = settings.arm(name), settings.distill.teacher_signals.evidence
-    if "mcd" not in arm.weights:
+    if not set(arm.weights) - set(terms.CORE):  # the terms, and torch with them, are imported only if needed
         return
-    kind = arm.options["mcd"].get("evidence", "gradient")
-    if evidence is None or kind not in evidence.kinds:
-        message = (
-            f"the teacher's {kind} evidence is not kept; give teacher_signals of params/distill.yaml"
-            f" `evidence: {{kinds: [{kind}], share: 0.25}}`"
-        )
-        yield "study", f"arms.{name}.weights.mcd", message
-    elif arm.answers is not None:
-        yield "study", f"arms.{name}.weights.mcd", f"evidence is of the data's answers, and `answers` is {arm.answers}"
+    for term, needs in arm.needs.items():
+        for kind in needs.evidence:
+            if evidence is None or kind not in evidence.kinds:
+                message = (
+                    f"the teacher's {kind} evidence is not kept; give teacher_signals of params/distill.yaml"
+                    f" `evidence: {{kinds: [{kind}], share: 0.25}}`"
+                )
+                yield "study", f"arms.{name}.weights.{term}", message
+            elif arm.answers is not None:
+                yield (
+                    "study",
+                    f"arms.{name}.weights.{term}",
+                    f"evidence is of the data's answers, and `answers` is {arm.answers}",
+                )
 
 
 def _answer_checks(settings: Settings, name: str) -> Iterator[tuple[str, str]]:

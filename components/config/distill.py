@@ -69,10 +69,11 @@ class Tpa(Strict):
 
 
 class Evidence(Strict):
-    """Evidence of the teacher's answers (the tokens that they rest on), for arms with L_mcd."""
+    """What the teacher's answers rest on. gradient, random: tokens of the question and image, for arms with L_mcd; blurred,
+    blank: each answer token's dependence on the image, for arms with L_va_kd and `kept`."""
 
-    kinds: list[Literal["gradient", "random"]] = Field(min_length=1)
-    share: Share = Field(description="of a sample's words and visual tokens, at most")
+    kinds: list[Literal["gradient", "random", "blurred", "blank"]] = Field(min_length=1)
+    share: Share = Field(description="for gradient and random: of a sample's words and visual tokens, at most")
 
 
 class TeacherSignals(Strict):

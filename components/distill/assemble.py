@@ -37,7 +37,7 @@ from components.records.teacher import TeacherChoice
 from components.runtime import prepare_torch
 from components.teacher_answers.store import Answers
 from components.teacher_answers.store import facts as answer_facts
-from components.teacher_cache.evidence import Evidence
+from components.teacher_cache.evidence import Evidence, ImageDependence
 from components.teacher_cache.evidence import collator as evidence_collator
 from components.teacher_cache.store import Signals, read_evidence, read_manifest
 from components.teacher_cache.store import facts as signal_facts
@@ -60,7 +60,7 @@ class Job:
     accelerator: Accelerator
     rollouts: Rollouts | None
     answers: Answers | None
-    evidence: Evidence | None
+    evidence: list[Evidence | ImageDependence]
 
     @property
     def title(self) -> str:
@@ -127,13 +127,16 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         answers = Answers(ANSWERS, answer_facts(settings), arm.answer_filter)
         facts["teacher_answers"] = answers.manifest.model_dump()
         indices = answers.answered(indices)
-    evidence = None
-    if "mcd" in arm.weights:
-        manifest, mcd = read_evidence(SIGNALS, signal_facts(settings)), cast(Any, module.method.terms["mcd"])
+    evidence: list[Evidence | ImageDependence] = []
+    if module.method.needs.evidence:
+        manifest, method_terms = read_evidence(SIGNALS, signal_facts(settings)), cast(Any, module.method.weighted_terms)
         facts["evidence"] = manifest.model_dump()
-        edit_collator = evidence_collator(student.processor, template, settings.models.max_length)
-        evidence = Evidence(SIGNALS, manifest, mcd.evidence, mcd.verified, samples, edit_collator)
-        accelerator.print(f"distill@{name}: L_mcd edits {len(evidence):,} samples")
+        if mcd := method_terms.get("mcd"):
+            edit_collator = evidence_collator(student.processor, template, settings.models.max_length)
+            evidence.append(edits := Evidence(SIGNALS, manifest, mcd.evidence, mcd.verified, samples, edit_collator))
+            accelerator.print(f"distill@{name}: L_mcd edits {len(edits):,} samples")
+        if (va_kd := method_terms.get("va_kd")) and va_kd.kept:
+            evidence.append(ImageDependence(SIGNALS, manifest, va_kd.by))
     weights = samples.weights
     order = Sampler(indices, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in indices])
     rollouts = None

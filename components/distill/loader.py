@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +27,7 @@ from components.errors import AlignTIError, TryAgainError
 from components.models.collate import Collator
 from components.process import end_with_parent
 from components.teacher_answers.store import Answers
-from components.teacher_cache.evidence import Evidence
+from components.teacher_cache.evidence import Evidence, ImageDependence
 
 MicroBatches = list[tuple[Batch, list[int]]]
 
@@ -48,7 +48,7 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     ranks: int
     rollouts: Rollouts | None = None
     answers: Answers | None = None
-    evidence: Evidence | None = None
+    evidence: Sequence[Evidence | ImageDependence] = ()
 
     def __getitem__(self, step: int) -> MicroBatches | AlignTIError:
         try:
@@ -67,7 +67,9 @@ class Steps(Dataset[MicroBatches | AlignTIError]):
     def _collated(self, micro: list[tuple[int, int]], generated: dict[int, list[list[int]]]) -> tuple[Batch, list[int]]:
         batch = self.collator([self.samples[index] for _, index in micro], [generated.get(key) for key, _ in micro])
         seeds = [draw_key(self.order.seed, key) for key, _ in micro]
-        return (self.evidence.edit(batch, [index for _, index in micro], seeds) if self.evidence else batch), seeds
+        for kept in self.evidence:
+            batch = kept.edit(batch, [index for _, index in micro], seeds)
+        return batch, seeds
 
     def _micro_batches(self, batch: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         tokens = self.settings.micro_batch_tokens

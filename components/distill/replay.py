@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from components.distill.assemble import Job
 
 PREFIX = "image_inputs."
-TENSORS = ("input_ids", "attention_mask", "response", "instruction", "pictures", "pixel_values")
+TENSORS = ("input_ids", "attention_mask", "response", "instruction", "pictures", "pixel_values", "dependence")
 
 
 def dump(
@@ -169,7 +169,8 @@ def _module(metadata: dict[str, Any], state: dict[str, Tensor], precision: str) 
 def _single_sample(batch: Batch, i: int) -> Batch:
     """Batch of sample i alone, without padding."""
     length = int(batch.attention_mask[i].sum())
-    rows = {name: getattr(batch, name)[i : i + 1, :length] for name in TENSORS if name != "pixel_values"}
+    tables = {name: getattr(batch, name) for name in TENSORS if name != "pixel_values"}
+    rows = {name: table[i : i + 1, :length] for name, table in tables.items() if table is not None}
     start, count = int(batch.pictures[:i].amax(1).sum()), int(batch.pictures[i].max())
     images = slice(start, start + count)
     pixels = batch.pixel_values[images] if batch.pixel_values is not None and count else None

@@ -4,7 +4,7 @@ A question answered right with a blank image, or with another image, needs no vi
 answer suffices. The blank image is the usual control, but is out of distribution and may break a model; another image of the
 split is in distribution. An arm's margin over both is due to the image.
 
-Image need: nats per reference token lost by blurring the image, the ranking of L_va_kd (align_ti/terms/va_kd.py).
+Image need: nats per reference token lost by blurring the image, the ranking of L_va_kd (align_ti/image_dependence.py).
 """
 
 from __future__ import annotations

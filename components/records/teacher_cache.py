@@ -55,12 +55,12 @@ class SignalCache(Record):
 
 
 class EvidenceKept(Record):
-    """Teacher's evidence for L_mcd."""
+    """Teacher's evidence, of kinds `gradient` and `random` for L_mcd, `blurred` and `blank` for L_va_kd."""
 
     facts: SignalFacts
-    asked: int  # samples with an image and a partner
-    right: dict[str, int]  # kind -> kept samples, which the teacher answers correctly
-    effect: dict[str, float]  # kind -> mean effect, nats
+    asked: int  # samples with an image and a partner, for L_mcd
+    right: dict[str, int]  # kind -> kept samples: which the teacher answers correctly; for L_va_kd all with an image
+    effect: dict[str, float]  # kind -> mean effect; for L_va_kd mean image dependence of a sample's tokens; nats
     shards: dict[str, dict[str, str]]  # kind -> file -> sha256
 
 

@@ -1,4 +1,5 @@
-"""Stage `cache_teacher`: teacher signals that do not depend on the student (for KD and IVA), and the evidence of L_mcd.
+"""Stage `cache_teacher`: teacher signals that do not depend on the student (for KD and IVA), and what its answers rest on (for
+L_mcd and L_va_kd).
 
 python -m components.teacher_cache     artifacts/{dataset,models,rows,teacher,irs} -> artifacts/signals
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     settings = load_settings()
+    from components.align_ti.image_dependence import EDITS
     from components.tracking.stage_run import stage_run
 
     options = settings.distill.teacher_signals
@@ -50,7 +52,9 @@ def main() -> None:
                 effect = evidence.effect[evidence_kind]
                 run.metrics({f"evidence/{evidence_kind}/samples": count, f"evidence/{evidence_kind}/effect": effect})
                 print(
-                    f"cache_teacher: {evidence_kind} evidence of {count:,} of {evidence.asked:,} samples, those that the"
+                    f"cache_teacher: a {evidence_kind} image takes {effect:.3f} nats from a token of {count:,} samples' answers"
+                    if evidence_kind in EDITS
+                    else f"cache_teacher: {evidence_kind} evidence of {count:,} of {evidence.asked:,} samples, those that the"
                     f" teacher answers as the data do; without it p moves {effect:+.3f} nats further than without all else"
                 )
 
@@ -131,24 +135,27 @@ def _evidence(
 ) -> EvidenceKept:
     from safetensors.torch import load_file
 
+    from components.align_ti.image_dependence import EDITS
     from components.models.template import Template
     from components.models.vlm import VLM
     from components.teacher_cache.evidence import collator
-    from components.teacher_cache.find_evidence import EvidencePass, find
+    from components.teacher_cache.find_evidence import DependencePass, EvidencePass, find
 
     options = settings.distill.teacher_signals.evidence
     assert options is not None
     shared_vocabulary = _shared_vocabulary(teacher, students)
     collate = collator(teacher.processor, Template.from_settings(settings.models.template), settings.models.max_length)
     vlm = VLM(teacher.model).eval().requires_grad_(False)
-    evidence_pass = EvidencePass(
-        vlm, collate, samples, options.kinds, options.share, shared_vocabulary, facts.precision == "bf16"
-    )
-    paths, count = find(evidence_pass, settings.distill.micro_batch_size, folder)
+    size, bf16 = settings.distill.micro_batch_size, facts.precision == "bf16"
+    edits, others = ([kind for kind in options.kinds if (kind in EDITS) == is_edit] for is_edit in (True, False))
+    evidence_pass = EvidencePass(vlm, collate, samples, others, options.share, shared_vocabulary, bf16)
+    dependence_pass = DependencePass(vlm, collate, samples, edits, shared_vocabulary, bf16)
+    paths, asked = find(evidence_pass, size, folder)
+    paths |= find(dependence_pass, size, folder)[0]
     effects = {kind: [e for path in files for e in load_file(path)["effects"].tolist()] for kind, files in paths.items()}
     return EvidenceKept(
         facts=facts,
-        asked=count,
+        asked=asked,
         right={kind: len(values) for kind, values in effects.items()},
         effect={kind: sum(values) / max(1, len(values)) for kind, values in effects.items()},
         shards={kind: {path.name: sha256([path]) for path in files} for kind, files in paths.items()},

@@ -1,9 +1,10 @@
-"""Evidence search: words and visual tokens of a training sample that the teacher's answer depends on most.
+"""Evidence search: words and visual tokens of a training sample that the teacher's answer depends on most, for L_mcd; and the
+image dependence of each answer token, for L_va_kd.
 
-Samples qualify if the teacher's argmax equals every answer token. Embeddings e of question words and image are interpolated
-with b, those of a partner: a sample of the shard with another image on the same visual grid. Evidence of kind `gradient` has
-the highest positive (e_j - b_j) ds/de_j at b + alpha (e - b), s the mean log-probability of the answer, alpha uniform, drawn
-once; kind `random` fills the same maximal share at random. Source: MCD, arXiv 2609.39920.
+For L_mcd samples qualify if the teacher's argmax equals every answer token. Embeddings e of question words and image are
+interpolated with b, those of a partner: a sample of the shard with another image on the same visual grid. Evidence of kind
+`gradient` has the highest positive (e_j - b_j) ds/de_j at b + alpha (e - b), s the mean log-probability of the answer, alpha
+uniform, drawn once; kind `random` fills the same maximal share at random. Source: MCD, arXiv 2609.39920.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from components.align_ti.batch import Batch, predicting
 from components.align_ti.divergence import divergence
+from components.align_ti.image_dependence import EDITS, image_dependence
 from components.align_ti.top_k import with_residual
 from components.dataset.shards import CAPTION, Sample, Samples
 from components.models.attribution import attributions
@@ -30,18 +32,55 @@ from components.teacher_cache.store import write_shard
 
 TOKENS = 128  # likeliest tokens of each distribution; up to twice as many are stored per row
 
+Entry = dict[str, Tensor]  # one sample's rows of each tensor of a file (layout in evidence.py)
+
+
+class Search(Protocol):
+    """Interface of the teacher passes that `find` runs, shard by shard."""
+
+    @property
+    def samples(self) -> Samples: ...
+    @property
+    def kinds(self) -> Sequence[str]: ...
+    def candidates(self, images: range) -> list[Any]:
+        """What there is to search about these images."""
+
+    def __call__(self, candidates: list[Any], /) -> dict[str, list[Entry]]:
+        """Entries per kind of a batch of candidates."""
+
 
 @dataclass(frozen=True)
-class SampleEvidence:
-    """Evidence of one sample, with the teacher's distributions."""
+class DependencePass:
+    """Teacher passes with the image and with each edit of it, over every question about one."""
 
-    sample: int
-    partner: int
-    effect: float
-    places: Tensor  # (P,)
-    tokens: Tensor  # (R, W)
-    whole: Tensor  # (R, W + 1)
-    without: Tensor  # (R, W + 1)
+    vlm: VLM
+    collate: Collator
+    samples: Samples
+    kinds: Sequence[str]
+    shared_vocabulary: int
+    bf16: bool = False
+
+    def candidates(self, images: range) -> list[int]:
+        about = ((i, s) for row in images for i, s in zip(self.samples.of_image(row), self.samples.about(row), strict=True))
+        return [index for index, sample in about if sample.kind != CAPTION and sample.images]
+
+    @torch.no_grad()
+    def __call__(self, indices: list[int]) -> dict[str, list[Entry]]:
+        batch = self.collate([self.samples[index] for index in indices]).to(self.vlm.model.device)
+        rows, gold, counts = predicting(batch.response), batch.input_ids[batch.response], batch.response.sum(1).tolist()
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.bf16):
+            seen, *edited = (
+                self.vlm.plain(view, self.vlm.features(view), keep=False)[0][rows]
+                for view in (batch, *(EDITS[kind](batch) for kind in self.kinds))
+            )
+            found = [image_dependence(self.vlm.head, seen, hidden, gold, self.shared_vocabulary).cpu() for hidden in edited]
+        return {
+            kind: [
+                {"samples": torch.tensor([[index, len(values)]]), "effects": values.mean()[None], "dependence": values}
+                for index, values in zip(indices, dependence.split(counts), strict=True)
+            ]
+            for kind, dependence in zip(self.kinds, found, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -61,11 +100,26 @@ class EvidencePass:
     shared_vocabulary: int
     bf16: bool = False
 
+    def candidates(self, images: range) -> list[tuple[int, int]]:
+        """(sample, partner) pairs of single-image questions whose images differ but share a visual grid; none: skipped."""
+        by_grid: dict[Any, list[tuple[int, int, Sample]]] = {}
+        for row in images:
+            for index, sample in zip(self.samples.of_image(row), self.samples.about(row), strict=True):
+                if sample.kind != CAPTION and len(sample.images) == 1:
+                    by_grid.setdefault(_grid(self.collate, sample), []).append((row, index, sample))
+        pairs = []
+        for entries in by_grid.values():
+            for row, index, sample in entries:
+                others = [other for other_row, other, _ in entries if other_row != row]
+                if others:
+                    pairs.append((index, random.Random(f"partner {sample.id}").choice(others)))
+        return sorted(pairs)
+
     @torch.no_grad()
-    def __call__(self, pairs: list[tuple[int, int]]) -> dict[str, list[SampleEvidence]]:
+    def __call__(self, pairs: list[tuple[int, int]]) -> dict[str, list[Entry]]:
         """Evidence per kind of (sample, partner) pairs, for samples that the teacher answers correctly."""
         pairs = [pair for pair, correct in zip(pairs, self._right([sample for sample, _ in pairs]), strict=True) if correct]
-        entries: dict[str, list[SampleEvidence]] = {kind: [] for kind in self.kinds}
+        entries: dict[str, list[Entry]] = {kind: [] for kind in self.kinds}
         if not pairs:
             return entries
         pair_samples = [self.samples[sample] for sample, _ in pairs]
@@ -92,7 +146,9 @@ class EvidencePass:
                     effect = divergence(whole[row], without[row], "jsd") - divergence(whole[row], alone[row], "jsd")
                     stored = self._compress(whole[row].softmax(-1), without[row].softmax(-1))
                     if len(places[row]):
-                        entries[kind].append(SampleEvidence(sample, partner, float(effect.mean()), places[row].cpu(), *stored))
+                        table = torch.tensor([[sample, partner, len(whole[row]), len(places[row])]])
+                        entry = {"samples": table, "effects": effect.mean()[None].cpu(), "places": places[row].int().cpu()}
+                        entries[kind].append(entry | stored)
         return entries
 
     def _right(self, samples: list[int]) -> list[bool]:
@@ -119,7 +175,7 @@ class EvidencePass:
         return highest[slopes[highest] > 0].sort().values
 
     @staticmethod
-    def _compress(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _compress(whole: Tensor, without: Tensor) -> Entry:
         """Compression of two distributions (R, V): (R, W) tokens, the likeliest of either first, and (R, W + 1) probabilities
         plus residual mass of each."""
         V = whole.shape[-1]
@@ -130,44 +186,27 @@ class EvidencePass:
         dtype = torch.float16 if tokens.shape[1] < whole.shape[1] else torch.float32
         index = torch.int16 if whole.shape[1] <= 2**15 else torch.int32
         kept_whole, kept_without = (with_residual(p, tokens).to("cpu", dtype) for p in (whole, without))
-        return tokens.to("cpu", index), kept_whole, kept_without
+        return {"tokens": tokens.to("cpu", index), "whole": kept_whole, "without": kept_without}
 
 
-def find(evidence: EvidencePass, size: int, folder: Path) -> tuple[dict[str, list[Path]], int]:
+def find(search: Search, size: int, folder: Path) -> tuple[dict[str, list[Path]], int]:
     """Write the evidence files missing from `folder`, in batches of `size` samples; returns the paths per kind, in order, and
     the number of samples searched."""
-    samples = evidence.samples
-    paths: dict[str, list[Path]] = {kind: [] for kind in evidence.kinds}
+    paths: dict[str, list[Path]] = {kind: [] for kind in search.kinds}
     searched, first = 0, 0
-    for number, record in enumerate(tqdm(samples.record.shards, desc="evidence", unit="shard")):
+    for number, record in enumerate(tqdm(search.samples.record.shards, desc="evidence", unit="shard")):
         images = range(first, first := first + record.images)
-        pairs = _pairs(samples, images, evidence.collate)
-        searched += len(pairs)
-        files = {kind: folder / f"evidence-{kind}-{number:05d}.safetensors" for kind in evidence.kinds}
+        candidates = search.candidates(images) if search.kinds else []
+        searched += len(candidates)
+        files = {kind: folder / f"evidence-{kind}-{number:05d}.safetensors" for kind in search.kinds}
         if not all(path.is_file() for path in files.values()):
-            passes = [evidence(pairs[start : start + size]) for start in range(0, len(pairs), size)]
+            passes = [search(candidates[start : start + size]) for start in range(0, len(candidates), size)]
             for kind, path in files.items():
                 _write([entry for batch_evidence in passes for entry in batch_evidence[kind]], path)
         for kind, path in files.items():
             if path.is_file():
                 paths[kind].append(path)
     return paths, searched
-
-
-def _pairs(samples: Samples, images: range, collate: Collator) -> list[tuple[int, int]]:
-    """(sample, partner) pairs of single-image questions whose images differ but share a visual grid; none: skipped."""
-    by_grid: dict[Any, list[tuple[int, int, Sample]]] = {}
-    for row in images:
-        for index, sample in zip(samples.of_image(row), samples.about(row), strict=True):
-            if sample.kind != CAPTION and len(sample.images) == 1:
-                by_grid.setdefault(_grid(collate, sample), []).append((row, index, sample))
-    pairs = []
-    for entries in by_grid.values():
-        for row, index, sample in entries:
-            others = [other for other_row, other, _ in entries if other_row != row]
-            if others:
-                pairs.append((index, random.Random(f"partner {sample.id}").choice(others)))
-    return sorted(pairs)
 
 
 def _grid(collate: Collator, sample: Sample) -> Any:
@@ -177,15 +216,7 @@ def _grid(collate: Collator, sample: Sample) -> Any:
     return image.texts, image.tensors["pixel_values"].shape, *other_inputs
 
 
-def _write(entries: list[SampleEvidence], path: Path) -> None:
+def _write(entries: list[Entry], path: Path) -> None:
     """Write one evidence file atomically; no file without evidence."""
-    if not entries:
-        return
-    table, row, offset = [], 0, 0
-    for entry in entries:
-        table.append((entry.sample, entry.partner, row, len(entry.tokens), offset, len(entry.places)))
-        row, offset = row + len(entry.tokens), offset + len(entry.places)
-    tensors = {name: torch.cat([getattr(entry, name) for entry in entries]) for name in ("tokens", "whole", "without")}
-    places = torch.cat([entry.places for entry in entries]).to(torch.int32)
-    effects = torch.tensor([entry.effect for entry in entries])
-    write_shard(path, {**tensors, "places": places, "samples": torch.tensor(table), "effects": effects})
+    if entries:
+        write_shard(path, {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]})

@@ -85,7 +85,7 @@ class Signals:
 
         Raises DataError if one is missing or its hash differs, or if two samples have the same key.
         """
-        self._shards = [_open_shard(folder / name, digest) for name, digest in shards.items()]
+        self._shards = [open_shard(folder / name, digest) for name, digest in shards.items()]
         tables = [shard["samples"].numpy() for shard in self._shards]
         self._samples = np.concatenate(tables)
         self._shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
@@ -245,7 +245,7 @@ def _validated(folder: Path, manifest: ManifestT | None, expected: SignalFacts, 
     return manifest
 
 
-def _open_shard(path: Path, digest: str) -> dict[str, Tensor]:
+def open_shard(path: Path, digest: str) -> dict[str, Tensor]:
     """Tensors of a shard, memory-mapped after one full read for the hash. Raises DataError if it is missing or differs."""
     try:
         if sha256([path]) != digest:

@@ -216,6 +216,7 @@ CASES = {
     "taid": Case("taid", field_terms.taid, held=True),
     "va_kd": Case("va_kd", field_terms.va_kd),
     **{f"va_kd by {by}": Case("va_kd", partial(field_terms.va_kd, by=by), {"by": by}) for by in ("blank", "entropy", "random")},
+    "va_kd, kept": Case("va_kd", partial(field_terms.va_kd, by="kept"), {"kept": True}),
     "mcd": Case("mcd", field_terms.mcd, highest=1.0, aligned=None),
     "relation": Case("relation", field_terms.relation, highest=2.0),
     "relation centred": Case("relation", partial(field_terms.relation, centred=True), {"centred": True}, highest=2.0),
@@ -285,7 +286,8 @@ def pair(dtype: torch.dtype = torch.float64, family: str = "qwen2") -> tuple[VLM
 
 def batch(samples: list[tuple[int, int, int]] = SAMPLES, dtype: torch.dtype = torch.float64) -> Any:
     made = tiny.batch(samples, dtype=dtype)
-    return replace(made, edits=edits(made, samples, dtype))
+    dependence = torch.rand(made.response.shape, generator=torch.Generator().manual_seed(4), dtype=dtype) * made.response
+    return replace(made, edits=edits(made, samples, dtype), dependence=dependence)
 
 
 def edits(b: Any, samples: list[tuple[int, int, int]], dtype: torch.dtype) -> Edits | None:

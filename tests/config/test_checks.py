@@ -63,6 +63,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a layer beyond the teachers'": ({"weights": {"cka": 1.0}, "cka": {"teacher_layer": 99}}, "layer 99 of the teacher"),
     "no layers": ({"weights": {"received": 1.0}, "received": {"layers": []}}, r"received\.layers: .*at least 1 item"),
     "a share above 1": ({"weights": {"va_kd": 1.0}, "va_kd": {"share": 3.0}}, "less than or equal to 1"),
+    "image dependence that nobody keeps": (
+        {"weights": {"va_kd": 1.0}, "va_kd": {"kept": True}},
+        r"weights\.va_kd: the teacher's blurred evidence is not kept; give teacher_signals .*kinds: \[blurred\]",
+    ),
+    "nothing to keep": ({"weights": {"va_kd": 1.0}, "va_kd": {"by": "random", "kept": True}}, "random takes no pass"),
     "a negative weight": ({"weights": {"tad": 1.0}, "tad": {"beta": -1.0}}, "greater than or equal to 0"),
     "no tokens at the top": ({"weights": {"tad": 1.0}, "tad": {"top": 0}}, "greater than or equal to 1"),
     "a mixture of one": (

@@ -46,9 +46,10 @@ FOLDER = Path("artifacts/students/all")
 def every(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The workplace with an arm of all terms but the paper's."""
     weights = {"sft": 1.0} | {name: 0.1 for name in terms.names() if name not in terms.CORE}
-    write_params(workplace, "study", {"arms": {"all": {"weights": weights, "student": "student", "seed": 1}}})
+    arm = {"weights": weights, "va_kd": {"kept": True}, "student": "student", "seed": 1}
+    write_params(workplace, "study", {"arms": {"all": arm}})
     write_params(workplace, "evaluate", {"baselines": ["all"]})
-    evidence = {"kinds": ["gradient"], "share": 0.25}
+    evidence = {"kinds": ["gradient", "blurred"], "share": 0.25}
     write_params(
         workplace,
         "distill",

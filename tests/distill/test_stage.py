@@ -129,6 +129,7 @@ FIELD: dict[str, dict[str, Any]] = {
     },
     "seqkd": {"weights": {"sft": 1.0}, "answers": "teacher"},
     "mcd": {"weights": {"sft": 1.0, "kd": 1.0, "mcd": 1.0}},
+    "va_kd": {"weights": {"sft": 1.0, "va_kd": 1.0}, "va_kd": {"kept": True}},
 }
 KEPT: dict[str, Any] = {
     "teacher_answers": {"samples": 2, "temperature": 1.0, "top_p": None, "max_new_tokens": 40},
@@ -137,7 +138,7 @@ KEPT: dict[str, Any] = {
         "kind": "top_k",
         "top_k": 4,
         "draws": 50,
-        "evidence": {"kinds": ["gradient"], "share": 0.25},
+        "evidence": {"kinds": ["gradient", "blurred"], "share": 0.25},
     },
 }
 

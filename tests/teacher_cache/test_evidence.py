@@ -1,4 +1,4 @@
-"""The teacher's part of L_mcd: which samples, which tokens, what it says without them; and training on it."""
+"""The teacher's part of L_mcd (which samples, which tokens, what it says without them) and of L_va_kd; and training on it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from components.records.teacher import TeacherChoice
 from components.records.teacher_cache import SignalManifest
 from components.teacher_cache import __main__ as stage
 from components.teacher_cache import find_evidence
-from components.teacher_cache.evidence import collator, donor
+from components.teacher_cache.evidence import Evidence, collator, donor
 from components.tracking.journal import Run
 from tests import tiny
 from tests.align_ti.test_terms import batch, edits
@@ -41,7 +41,7 @@ from tests.models.conftest import NV
 
 FOLDER = Path("artifacts/students/mcd")
 ARM: dict[str, Any] = {"weights": {"sft": 1.0, "mcd": 1.0}, "student": "student", "seed": 1}
-EVIDENCE = {"kinds": ["gradient", "random"], "share": 0.3}
+EVIDENCE = {"kinds": ["gradient", "random", "blurred"], "share": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +126,12 @@ def test_the_evidence_is_what_a_plain_reading_of_the_method_gives(mcd: Path) -> 
     assert kept is not None and kept.asked == 12, "two samples of each of six images; two show a second one"
     teacher, samples = load(MODELS / "teachers/base", "cpu"), Samples(DATASET, "train", ROWS)
     collate, vlm = collator(teacher.processor, Template(""), 64), VLM(teacher.model)
-    right = 0
+    right = row = place = 0
     for path in sorted(SIGNALS.glob("evidence-gradient-*")):
         tensors = load_file(path)
-        right += len(tensors["samples"])
+        right, row, place = right + len(tensors["samples"]), 0, 0
         for line, effect in zip(tensors["samples"].tolist(), tensors["effects"].tolist(), strict=True):
-            sample, partner, row, rows, place, places = line
+            sample, partner, rows, places = line
             assert samples[sample].image_id != samples[partner].image_id
             b = collate([samples[sample]])
             other = donor(b, collate([samples[partner]]))
@@ -164,6 +164,7 @@ def test_the_evidence_is_what_a_plain_reading_of_the_method_gives(mcd: Path) -> 
                 stored, tokens = tensors[name][row : row + rows], tensors["tokens"][row : row + rows].long()
                 torch.testing.assert_close(stored[:, :-1], p.gather(1, tokens), rtol=1e-3, atol=1e-5)
                 assert stored.sum(1) == pytest.approx(1.0, abs=1e-4)
+            row, place = row + rows, place + places
     assert 0 < kept.right["gradient"] == right < kept.asked
 
 
@@ -171,8 +172,8 @@ def test_the_edits_of_a_batch_are_drawn_by_halves_and_only_of_verified_samples(m
     stage.build_signals(load_settings())
     made = assemble("mcd", load_settings().arm("mcd"), load_settings())
     steps = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, evidence=made.evidence)
-    effects, evidence = [], made.evidence
-    assert evidence is not None
+    effects, (evidence,) = [], made.evidence
+    assert isinstance(evidence, Evidence)
     table = {line[0]: effect for line, effect in zip(evidence._tensors["samples"], evidence._tensors["effects"], strict=True)}
     assert set(evidence._rows) <= {s for s, effect in table.items() if effect > 0} and 0 < len(evidence) <= len(table) / 2
     for step in range(12):
@@ -201,8 +202,25 @@ def test_it_trains_and_resumes_to_the_same_bytes(mcd: Path) -> None:
     assert trained(Run(None)) == whole
     (SIGNALS / "evidence-gradient-00000.safetensors").write_bytes(b"")
     shutil.rmtree(FOLDER)
-    with pytest.raises(DataError, match="missing or has other bytes"):
+    with pytest.raises(DataError, match="bytes are not those that the manifest names"):
         trained(Run(None))
+
+
+def test_kept_image_dependence_gives_the_loss_and_gradient_of_one_more_pass(mcd: Path) -> None:
+    live: dict[str, Any] = {"weights": {"va_kd": 1.0}, "student": "student", "seed": 1}
+    write_params(mcd, "study", {"arms": {"live": live, "kept": live | {"va_kd": {"kept": True}}}})
+    write_params(mcd, "evaluate", {"baselines": ["live"]})
+    stage.build_signals(load_settings())
+    found = []
+    for name in ("live", "kept"):
+        made = assemble(name, load_settings().arm(name), load_settings())
+        assert bool(made.module.method.needs.views) == (name == "live")
+        steps = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, evidence=made.evidence)
+        losses = [made.module(*micro).sums for step in range(4) for micro in steps[step]]  # type: ignore[union-attr]
+        torch.stack(losses).sum().backward()
+        found.append([torch.stack(losses).detach(), *(p.grad for p in made.module.parameters() if p.grad is not None)])
+    assert float(found[0][0].abs().sum()) > 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,13 +236,13 @@ def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch:
     monkeypatch.setattr(find_evidence, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stage.build_signals(load_settings())
-    assert not SIGNALS.exists() and stage.build_signals(load_settings()) == wanted and len(calls) == 5
+    assert not SIGNALS.exists() and stage.build_signals(load_settings()) == wanted and len(calls) == 7
 
 
 def test_of_a_teacher_that_answers_nothing_right_an_arm_is_refused(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find_evidence.EvidencePass, "_right", lambda self, samples: [False] * len(samples))
     kept = stage.build_signals(load_settings()).evidence
-    assert kept is not None and kept.right == {"gradient": 0, "random": 0}
+    assert kept is not None and kept.right == {"gradient": 0, "random": 0, "blurred": 16}
     with pytest.raises(DataError, match="nothing to edit: of 12 samples the teacher answers 0 as the data do"):
         trained(Run(None))
 

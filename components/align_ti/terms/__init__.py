@@ -52,6 +52,7 @@ class Needs:
         live: teacher hidden states or full logits, which no cache holds.
         gold: the data's answers; generated ones do not replace them.
         edits: student pass over edited samples.
+        evidence: kinds of the teacher's evidence, which `cache_teacher` keeps if params/distill.yaml requests them.
         linear: heads without soft-capped logits.
         in_student: student attention maps and hidden states at chosen layers.
         in_teacher: teacher attention maps and hidden states at chosen layers.
@@ -66,6 +67,7 @@ class Needs:
     live: bool = False
     gold: bool = False
     edits: bool = False
+    evidence: frozenset[str] = frozenset()
     linear: bool = False
     in_student: Watch = NOTHING
     in_teacher: Watch = NOTHING

@@ -23,7 +23,10 @@ from components.align_ti.top_k import with_residual
 class Term:
     evidence: Literal["gradient", "random"] = "gradient"  # random: control
     verified: Share | None = 0.5  # share of samples edited, by largest effect of their evidence on the teacher; None: all
-    needs = Needs(teacher=False, gold=True, edits=True)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher=False, gold=True, edits=True, evidence=frozenset({self.evidence}))
 
     def units(self, batch: Batch, draws: Tensor | None) -> Tensor:
         edits = batch.edits
