@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,21 @@ def write(root: Path, **changes: Any) -> None:
 def test_every_shipped_study_is_valid(name: str, root: Path) -> None:
     expand.expand(name, root)
     assert [cell.name for cell in expand.cells(name, root)] == list(load_settings(root).study.arms)
+
+
+def test_the_docs_have_every_method_of_the_field_and_what_its_step_was_measured_to_cost() -> None:
+    measured, named = dict[str, str](), set[str]()
+    for run in ("-controls", "", "-va_kd"):  # an arm that was measured again: its later run
+        result = json.loads((ROOT / f"benchmarks/results/methods-digits{run}.json").read_text())
+        measured |= {name: f"{arm['of_kd']:.2f}" for name, arm in result["arms"].items()}
+    for line in (ROOT / "docs/methods.md").read_text().partition("## What the tests hold")[0].splitlines():
+        cells = line.split(" | ") if line.startswith("| `") else [line]
+        first, *others = re.findall(r"`(\w+)`", cells[0]) or [""]
+        names = [first, *(first + name if name.startswith("_") else name for name in others)]
+        named |= {*names}
+        if len(cells) > 3 and {*names} <= {*measured} and "`iva_*`" not in cells[0]:
+            assert re.findall(r"\d\.\d\d", cells[2]) == [measured[name] for name in names], line
+    assert not {cell.variant for cell in expand.cells("field", ROOT) if not cell.name.startswith("iva_")} - named
 
 
 def test_each_cell_runs_through_the_grid(root: Path) -> None:
