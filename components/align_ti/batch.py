@@ -25,7 +25,7 @@ class Batch:
     image_ids: list[str] = field(default_factory=list)  # ids of the images in `pixel_values`
     teacher: Batch | None = None  # the same samples by the teacher's processor, if it differs
     edits: Edits | None = None  # edited samples for L_mcd
-    dependence: Tensor | None = None  # (B, T) image dependence of response tokens, kept for L_va_kd; 0 elsewhere
+    dependence: Tensor | None = None  # (B, T) image dependence of response tokens, cached for L_va_kd; 0 elsewhere
 
     @property
     def visual(self) -> Tensor:

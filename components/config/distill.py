@@ -70,7 +70,7 @@ class Tpa(Strict):
 
 class Evidence(Strict):
     """What the teacher's answers rest on. gradient, random: tokens of the question and image, for arms with L_mcd; blurred,
-    blank: each answer token's dependence on the image, for arms with L_va_kd and `kept`."""
+    blank: each answer token's dependence on the image, for arms with L_va_kd and `cached`."""
 
     kinds: list[Literal["gradient", "random", "blurred", "blank"]] = Field(min_length=1)
     share: Share = Field(description="for gradient and random: of a sample's words and visual tokens, at most")

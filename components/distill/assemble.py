@@ -135,7 +135,7 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
             edit_collator = evidence_collator(student.processor, template, settings.models.max_length)
             evidence.append(edits := Evidence(SIGNALS, manifest, mcd.evidence, mcd.verified, samples, edit_collator))
             accelerator.print(f"distill@{name}: L_mcd edits {len(edits):,} samples")
-        if (va_kd := method_terms.get("va_kd")) and va_kd.kept:
+        if (va_kd := method_terms.get("va_kd")) and va_kd.cached:
             evidence.append(ImageDependence(SIGNALS, manifest, va_kd.by))
     weights = samples.weights
     order = Sampler(indices, settings.distill.batch_size, arm.seed, weights and [weights[i] for i in indices])

@@ -238,7 +238,7 @@ def va_kd(whole: Any, by: str = "blurred") -> Tensor:
         need = [max(0.0, float(p[t, y].log() - without[t, y].log())) for t, y in enumerate(gold)]
         if by == "random":
             need = uniforms(whole, sample, len(gold))
-        elif by == "kept":
+        elif by == "cached":
             need = whole.batch.dependence[sample, at].tolist()
         elif by == "entropy":
             need = [-float((p[t] * p[t].log()).sum()) for t in range(len(gold))]

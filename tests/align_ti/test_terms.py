@@ -216,7 +216,7 @@ CASES = {
     "taid": Case("taid", field_terms.taid, held=True),
     "va_kd": Case("va_kd", field_terms.va_kd),
     **{f"va_kd by {by}": Case("va_kd", partial(field_terms.va_kd, by=by), {"by": by}) for by in ("blank", "entropy", "random")},
-    "va_kd, kept": Case("va_kd", partial(field_terms.va_kd, by="kept"), {"kept": True}),
+    "va_kd, cached": Case("va_kd", partial(field_terms.va_kd, by="cached"), {"cached": True}),
     "mcd": Case("mcd", field_terms.mcd, highest=1.0, aligned=None),
     "relation": Case("relation", field_terms.relation, highest=2.0),
     "relation centred": Case("relation", partial(field_terms.relation, centred=True), {"centred": True}, highest=2.0),

@@ -64,10 +64,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"weights": {"received": 1.0}, "received": {"layers": []}}, r"received\.layers: .*at least 1 item"),
     "a share above 1": ({"weights": {"va_kd": 1.0}, "va_kd": {"share": 3.0}}, "less than or equal to 1"),
     "image dependence that nobody keeps": (
-        {"weights": {"va_kd": 1.0}, "va_kd": {"kept": True}},
+        {"weights": {"va_kd": 1.0}, "va_kd": {"cached": True}},
         r"weights\.va_kd: the teacher's blurred evidence is not kept; give teacher_signals .*kinds: \[blurred\]",
     ),
-    "nothing to keep": ({"weights": {"va_kd": 1.0}, "va_kd": {"by": "random", "kept": True}}, "random takes no pass"),
+    "nothing to keep": ({"weights": {"va_kd": 1.0}, "va_kd": {"by": "random", "cached": True}}, "random takes no pass"),
     "a negative weight": ({"weights": {"tad": 1.0}, "tad": {"beta": -1.0}}, "greater than or equal to 0"),
     "no tokens at the top": ({"weights": {"tad": 1.0}, "tad": {"top": 0}}, "greater than or equal to 1"),
     "a mixture of one": (

@@ -46,7 +46,7 @@ FOLDER = Path("artifacts/students/all")
 def every(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The workplace with an arm of all terms but the paper's."""
     weights = {"sft": 1.0} | {name: 0.1 for name in terms.names() if name not in terms.CORE}
-    arm = {"weights": weights, "va_kd": {"kept": True}, "student": "student", "seed": 1}
+    arm = {"weights": weights, "va_kd": {"cached": True}, "student": "student", "seed": 1}
     write_params(workplace, "study", {"arms": {"all": arm}})
     write_params(workplace, "evaluate", {"baselines": ["all"]})
     evidence = {"kinds": ["gradient", "blurred"], "share": 0.25}

@@ -129,7 +129,7 @@ FIELD: dict[str, dict[str, Any]] = {
     },
     "seqkd": {"weights": {"sft": 1.0}, "answers": "teacher"},
     "mcd": {"weights": {"sft": 1.0, "kd": 1.0, "mcd": 1.0}},
-    "va_kd": {"weights": {"sft": 1.0, "va_kd": 1.0}, "va_kd": {"kept": True}},
+    "va_kd": {"weights": {"sft": 1.0, "va_kd": 1.0}, "va_kd": {"cached": True}},
 }
 KEPT: dict[str, Any] = {
     "teacher_answers": {"samples": 2, "temperature": 1.0, "top_p": None, "max_new_tokens": 40},

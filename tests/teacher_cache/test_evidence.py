@@ -208,7 +208,7 @@ def test_it_trains_and_resumes_to_the_same_bytes(mcd: Path) -> None:
 
 def test_kept_image_dependence_gives_the_loss_and_gradient_of_one_more_pass(mcd: Path) -> None:
     live: dict[str, Any] = {"weights": {"va_kd": 1.0}, "student": "student", "seed": 1}
-    write_params(mcd, "study", {"arms": {"live": live, "kept": live | {"va_kd": {"kept": True}}}})
+    write_params(mcd, "study", {"arms": {"live": live, "kept": live | {"va_kd": {"cached": True}}}})
     write_params(mcd, "evaluate", {"baselines": ["live"]})
     stage.build_signals(load_settings())
     found = []

@@ -22,17 +22,17 @@ from components.align_ti.terms import Needs, Share, View, responses
 class Term:
     share: Share = 0.2  # share of each sample's response tokens that carry half of the weight
     by: Literal["blurred", "blank", "entropy", "random"] = "blurred"  # which edit of the image; or controls without one
-    kept: bool = False  # image dependence from the teacher's evidence, in place of one more teacher pass per step
+    cached: bool = False  # image dependence from the teacher's evidence, in place of one more teacher pass per step
     divergence: Divergence | None = None  # None: the arm's
     units = staticmethod(responses)
 
     def __post_init__(self) -> None:
-        if self.kept and self.by not in EDITS:
-            raise ValueError(f"`kept` is for `by: {' | '.join(EDITS)}`, and {self.by} takes no pass that could be kept")
+        if self.cached and self.by not in EDITS:
+            raise ValueError(f"`cached` is for `by: {' | '.join(EDITS)}`, and {self.by} takes no pass that could be cached")
 
     @property
     def needs(self) -> Needs:
-        if self.kept:
+        if self.cached:
             return Needs(gold=True, evidence=frozenset({self.by}))
         views = (View(self.by, EDITS[self.by], student=False),) if self.by in EDITS else ()
         return Needs(live=True, views=views)
@@ -50,7 +50,7 @@ class Term:
             return row_weights(outputs, "entropy")
         if self.by == "random":
             return random_priority(outputs)
-        if self.kept:
+        if self.cached:
             assert outputs.batch.dependence is not None  # guaranteed by `needs`
             return outputs.batch.dependence[outputs.batch.response]
         head, rows, (_, edited_hidden) = outputs.teacher_head, outputs.response_rows, outputs.views[self.by]
