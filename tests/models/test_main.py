@@ -87,14 +87,14 @@ def test_a_refusal_is_one_sentence_and_leaves_no_index(root: Path, capsys: pytes
     assert not (MODELS / "index.json").exists()
 
 
-def test_a_template_that_cannot_serve_is_refused_before_any_model_is_obtained(place: Path) -> None:
-    good, bad = (saved(place / name, word_processor()) for name in ("good", "bad"))
+def test_a_template_that_cannot_serve_is_refused_before_any_model_is_obtained(root: Path) -> None:
+    good, bad = (saved(root / name, word_processor()) for name in ("good", "bad"))
     (bad / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     pretrained = {
         role: {name: {"source": str(folder), "revision": None}}
         for role, name, folder in (("teachers", "good", good), ("students", "student", bad))
     }
-    set_models(place, family="pretrained", embedded=None, pretrained=pretrained, template={"style": "processor", "system": ""})
+    set_models(root, family="pretrained", embedded=None, pretrained=pretrained, template={"style": "processor", "system": ""})
     with pytest.raises(ModelError, match=r"bad: .*set template\.style: vicuna"):
         main()
     assert not MODELS.exists()
