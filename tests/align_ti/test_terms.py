@@ -38,6 +38,8 @@ from components.models.vlm import VLM
 from tests import tiny
 from tests.align_ti import field_terms
 from tests.align_ti.examples import EXAMPLES, MAPS, named
+from tests.distill.test_stage import FIELD
+from tests.families import toy
 
 SAMPLES = [(1, 3, 3), (0, 2, 2), (1, 5, 2), (1, 1, 1)]
 TEXT_FIRST = [(0, 2, 2), (1, 3, 3), (1, 5, 2), (1, 1, 1)]  # a first rank that takes one sample has no image
@@ -267,10 +269,14 @@ def test_the_table_of_the_docs_is_what_the_cases_say() -> None:
     rows = {cells[1].strip(" `"): cells for line in text.splitlines() if len(cells := line.split("|")) > 9}
     told = {name: cells[7].strip() for name, cells in rows.items() if name in terms.names()}
     assert set(told) == {*terms.names()}
+    killed = {*terms.CORE, *(term for arm in FIELD.values() for term in arm["weights"])}
     for name, said in told.items():
         needs = terms.term_class(name)().needs
         served = "live" if needs.live_teacher else "yes" if needs.teacher else "its own" if needs.edits else "none needed"
         assert said.partition(",")[0] == served, name
+        assert [cell.strip() for cell in rows[name][3:7]] == ["yes"] * 4, name  # the tests below run every case
+        assert int(re.findall(r"\d+", rows[name][8])[0]) == len(toy.FAMILIES) - (name == "relation"), name
+        assert rows[name][9].strip() == ("yes" if name in killed else "stopped"), name
         tolerances = [case.rtol for case in CASES.values() if case.term == name and case.formula]
         assert not tolerances or re.match(r"[^,;]*", rows[name][2].strip())[0] == f"1e-{-math.log10(max(tolerances)):.0f}", name
 
