@@ -13,7 +13,7 @@ from components.models.families import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs/families.md"
 START, END = "<!-- written by: python -m tests.families.table -->\n", "<!-- end of the table -->\n"
-CHECKS = ("visual_tokens", "several_images", "positions", "masks", "probe", "ribbon_rows", "template", "chain")
+CHECKS = ("visual_tokens", "several_images", "positions", "masks", "attention", "ribbon_rows", "template", "chain")
 
 
 def documented(family: str, title: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from components.models.families import FAMILIES, family_of, parts
 from components.models.load import check_images, check_kind, check_pair, check_same_template, load
 from components.models.template import Template
 from tests.families import toy
+from tests.families.table import CHECKS
 
 OWN = TemplateSettings(style="processor", system="")
 
@@ -69,6 +71,7 @@ def test_different_chat_templates_are_refused_only_where_they_are_used() -> None
 
 def test_the_table_of_families_is_whole() -> None:
     assert list(toy.FAMILIES) == list(FAMILIES)
+    assert all(find_spec(f"tests.families.test_{name}") for name in CHECKS)
     for family in toy.FAMILIES:
         assert toy.loaded(family).model.config.model_type == family
 
