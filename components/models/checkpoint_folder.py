@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from components.errors import AlignTIError, ModelError, first_line
+from components.errors import AlignTIError, ModelError, first_line, machine_error
 from components.io import sha256
 from components.records.models import ModelRecord
 from components.records.record import parsed
@@ -27,13 +27,13 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}  # options of `fr
 @contextmanager
 def as_model_error(failure: str) -> Iterator[None]:
     """Raise ModelError, `failure` and the first line of the error, for what transformers raises on an unusable folder: on a
-    damaged configuration anything."""
+    damaged configuration anything. Faults of the machine pass: the folder may be whole."""
     try:
         yield
-    except (AlignTIError, MemoryError):
+    except AlignTIError:
         raise
     except Exception as error:
-        if "out of memory" in str(error):
+        if "out of memory" in str(error) or machine_error(error):
             raise
         raise ModelError(f"{failure}: {first_line(error)}") from None
 

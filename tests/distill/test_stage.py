@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -265,7 +267,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_delete(progress: str, tmp_pa
         Checkpoints.restore(accelerator, tmp_path / "step-00000004")
 
 
-def test_a_checkpoint_without_its_random_state_is_not_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_random_state_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from components.distill.checkpoint import Checkpoints, layout
 
     accelerator, folder = Accelerator(cpu=True), tmp_path / "step-00000004"
@@ -273,6 +275,10 @@ def test_a_checkpoint_without_its_random_state_is_not_resumed(tmp_path: Path) ->
     accelerator.save_state(str(folder))
     (folder / "progress.json").write_text(json.dumps({"step": 4, "layout": layout(accelerator)}))
     assert Checkpoints.restore(accelerator, folder) == {"step": 4}
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="too many"):
+        too_many = OSError(errno.EMFILE, "too many open files")
+        patched.setattr(accelerator, "load_state", Mock(side_effect=too_many))  # the machine's fault: nothing to delete
+        Checkpoints.restore(accelerator, folder)
     (folder / "random_states_0.pkl").unlink()
     with pytest.raises(InputError, match=r"is damaged, so delete .*/random_states_0\.pkl"):
         Checkpoints.restore(accelerator, folder)
