@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class Checkpoints:
                     f"{path} was saved under {saved}, and this is {current}: go on as it began (`devices`, `accelerate` in"
                     f" params/runtime.yaml), or delete {path.parent} to begin anew"
                 )
-            (path / "random_states_0.pkl").stat()  # accelerate goes on without it
+            if not zipfile.is_zipfile(path / "random_states_0.pkl"):  # accelerate goes on without it
+                raise ValueError(f"{path}/random_states_0.pkl is missing or cut off")
             accelerator.load_state(str(path))
             return progress
 

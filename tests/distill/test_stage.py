@@ -279,6 +279,9 @@ def test_a_checkpoint_without_its_random_state_is_not_resumed(tmp_path: Path, mo
         too_many = OSError(errno.EMFILE, "too many open files")
         patched.setattr(accelerator, "load_state", Mock(side_effect=too_many))  # the machine's fault: nothing to delete
         Checkpoints.restore(accelerator, folder)
+    (folder / "random_states_0.pkl").write_bytes((folder / "random_states_0.pkl").read_bytes()[:-100])
+    with pytest.raises(InputError, match="is missing or cut off"):
+        Checkpoints.restore(accelerator, folder)
     (folder / "random_states_0.pkl").unlink()
     with pytest.raises(InputError, match=r"is damaged, so delete .*/random_states_0\.pkl"):
         Checkpoints.restore(accelerator, folder)
