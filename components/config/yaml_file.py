@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tip = "; it is indented by a tab, write spaces" if lines and lines[0].lstrip(" ").startswith("\t") else ""
         loc = f"{path}:{mark.line + 1}" if mark else f"{path}"
         raise SettingsError(f"{loc}: not valid YAML: {error.context or ''} {error.problem}{tip}".replace("  ", " ")) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
         raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must be a mapping of keys to values")

@@ -226,6 +226,7 @@ def test_a_key_that_stands_twice_is_named(root: Path, file: str, below: str, twi
         (r"learning_rate: [^,]+", "learning_rate: 1,000", "1,000: a comma stands between two keys, not in a number"),
         (r"learning_rate: [^,]+", "learning_rate: 1.0,5", "1.0,5: a comma stands between two keys, not in a number"),
         ("steps:", f"deep: {'[' * 5000}{']' * 5000}\nsteps:", "deep: unknown key"),
+        ("steps:", f"many: {'9' * 5000}\nsteps:", "not valid YAML: Exceeds the limit"),
     ],
 )
 def test_what_yaml_reads_as_nobody_means_it_is_told(root: Path, old: str, new: str, message: str) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from fastapi import HTTPException
+from PIL import UnidentifiedImageError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler
 
-from components.dataset.images import decode
+from components.dataset.images import READ, decode
 from components.errors import first_line
 
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -82,6 +83,8 @@ def _as_stored(address: str) -> str:
     header, _, encoded = address.partition(",")
     try:
         picture = decode(base64.b64decode(encoded), "an image")
+    except UnidentifiedImageError:
+        raise HTTPException(400, f"an image cannot be read: it is none of {', '.join(READ)}") from None
     except Exception as error:  # decoders may raise anything on invalid bytes
         raise HTTPException(400, f"an image cannot be read: {first_line(error)}") from None
     return f"{header},{base64.b64encode(picture.content).decode()}"
