@@ -1,8 +1,15 @@
 """Rooms of the platform; each stage is one `python -m components.<room>`."""
 
+from __future__ import annotations
+
+import errno
 import io
 import os
 import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 for _number in range(3):
     try:
@@ -14,6 +21,36 @@ sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w") 
 for _stream in (sys.stdout, sys.stderr):
     if isinstance(_stream, io.TextIOWrapper):
         _stream.reconfigure(errors="backslashreplace")  # characters outside its encoding raise no error
+
+
+class _Terminal(io.FileIO):
+    """Terminal's descriptor, which is /dev/null from the first write after the terminal was closed: some milliseconds lie
+    between that and SIGHUP, and the error of a progress bar would end a stage that SIGHUP lets save."""
+
+    def write(self, text: Buffer, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return memoryview(text).nbytes
+
+
+def _on_terminal(stream: TextIO, number: int) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
+        return stream
+    descriptor = io.BufferedWriter(_Terminal(number, "w", closefd=False))
+    return io.TextIOWrapper(
+        descriptor,
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+sys.stdout, sys.stderr = _on_terminal(sys.stdout, 1), _on_terminal(sys.stderr, 2)
 
 os.environ.setdefault("TQDM_DELAY", "2")  # no bar for shorter loops; tqdm reads these when it is imported
 if not sys.stderr.isatty():

@@ -10,7 +10,6 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,7 +33,6 @@ def _terminate_as_exception() -> Iterator[None]:
 
     def interrupt(signum: int, _frame: object) -> None:
         nonlocal interrupted
-        leave_terminal(signum)
         if not interrupted:
             interrupted = True
             raise Interrupted(f"stopped by signal {signum}; run the same command to go on")
@@ -50,13 +48,6 @@ def _terminate_as_exception() -> Iterator[None]:
 def endings() -> list[signal.Signals]:
     """Termination signals: SIGTERM, and SIGHUP (a closed terminal) unless it is ignored (nohup)."""
     return [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
-
-
-def leave_terminal(signum: int) -> None:
-    """Redirect terminal output to /dev/null after SIGHUP: the terminal is gone, and printing to it raises."""
-    for number in (1, 2) if signum == signal.SIGHUP else ():
-        if stat.S_ISCHR(os.fstat(number).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def end_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:

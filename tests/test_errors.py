@@ -168,19 +168,22 @@ def _until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_a_closed_terminal_and_nohup() -> None:
-    """SIGHUP comes from a terminal to which nothing more can be printed; whom nohup started does not hear it."""
+@pytest.mark.parametrize("output", ["stdout", "stderr"])
+def test_a_closed_terminal_and_nohup(output: str) -> None:
+    """What is printed between a terminal's end and SIGHUP ends nothing; whom nohup started does not hear SIGHUP."""
     main, other = os.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    code = STAGE.replace("60", "2").replace('print("saved", flush=True)', 'open(sys.argv[1], "w"); print("saved", flush=True)')
+    waits = f'open(sys.argv[1], "w")\n        for _ in range(40): time.sleep(0.05); print(file=sys.{output}, flush=True)'
+    code = STAGE.replace("time.sleep(60)", waits)
     with tempfile.TemporaryDirectory() as folder:
         words = [*HEARS_SIGHUP, "-c", code, f"{folder}/saved"]
         stage = subprocess.Popen(words, stdout=other, stderr=other, env=environment)
         os.close(other)
-        assert os.read(main, 5) == b"ready"
+        _until(Path(folder, "saved").exists)
         os.close(main)
+        time.sleep(0.2)
         stage.send_signal(signal.SIGHUP)
-        assert stage.wait(timeout=30) == 143 and Path(folder, "saved").exists()
+        assert stage.wait(timeout=30) == 143
         stage = subprocess.Popen(
             ["nohup", sys.executable, *words[len(HEARS_SIGHUP) :]],
             stdout=subprocess.PIPE,

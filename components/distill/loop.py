@@ -28,7 +28,7 @@ from components.distill.memory import memory_errors
 from components.distill.replay import dump
 from components.distill.trainable import learning_rates, parameter_groups, term_parameter_groups
 from components.errors import AlignTIError, Interrupted
-from components.process import endings, leave_terminal
+from components.process import endings
 from components.tracking.journal import Run
 
 
@@ -185,7 +185,6 @@ def _stop_requests() -> Iterator[list[int]]:
     received: list[int] = []
 
     def receive(signum: int, _frame: object) -> None:
-        leave_terminal(signum)
         received.append(signum)
 
     previous_handlers = {number: signal.signal(number, receive) for number in (*endings(), signal.SIGINT)}
