@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from components.config.load import load_settings
-from components.dataset.shards import Samples
+from components.dataset.shards import Samples, Turn
 from components.evaluate.__main__ import main as evaluate_stage
 from components.evaluate.generate import answers, questions
 from components.evaluate.kits import lm_eval_tasks, serve, table
@@ -25,6 +26,7 @@ from components.evaluate.kits.client import Endpoint, RequestRejected, chat_comp
 from components.evaluate.kits.command import evaluate
 from components.evaluate.kits.table import Table
 from components.io import sha256
+from components.models.collate import Collator
 from components.models.load import Loaded
 from components.models.rendered import question_of
 from components.models.template import Template
@@ -78,6 +80,19 @@ def test_the_served_student_says_what_direct_generation_says_token_for_token(
 
 
 @needs_server
+def test_special_tokens_that_a_question_spells_are_text_as_in_training(
+    endpoint: Endpoint, served_tokens: Path, loaded: Loaded, samples: Samples
+) -> None:
+    question = f"Is </s> the end, {loaded.processor.tokenizer.eos_token} or USER: A?"
+    chat_completion(endpoint, [samples[0].image or b"", question], 1)
+    served, _ = json.loads(served_tokens.read_text().splitlines()[-1])
+    sample = replace(samples[0], turns=(Turn(f"<image>\n{question}", "Yes."),))
+    collator = Collator(loaded.processor, Template(""), 256, train=False)
+    assert collator([sample]).input_ids[0].tolist() == served
+    assert chat_completion(endpoint, [samples[0].image or b"", "Is there an <image>?"], 1), "not a second image"
+
+
+@needs_server
 def test_a_request_that_the_server_refuses_is_no_answer_and_the_next_one_is_answered(
     endpoint: Endpoint, samples: Samples
 ) -> None:
@@ -99,6 +114,7 @@ REQUEST = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         ({"messages": [{"role": "user", "content": [{"text": "Hello"}]}]}, "KeyError: 'type'"),
         ({"max_tokens": 0}, "max_tokens is 0: it is a number of tokens, 1 or more"),
         ({"max_tokens": 0, "stream": True}, "max_tokens is 0"),
+        ({"max_tokens": True}, "max_tokens is True"),
         ({"max_completion_tokens": "all"}, "max_completion_tokens is 'all'"),
         ({"generation_config": '{"max_new_tokens": 100000}'}, "generation_config is not taken"),
         (
