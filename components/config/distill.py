@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from components.config.fields import NonNegative, PositiveFloat, PositiveInt, Share, Strict
+from components.config.fields import NonNegative, NoRepeats, PositiveFloat, PositiveInt, Share, Strict
 from components.config.loss_terms import Divergence, WithTerms
 from components.config.models import Optimiser
 
@@ -72,7 +72,7 @@ class Evidence(Strict):
     """What the teacher's answers rest on. gradient, random: tokens of the question and image, for arms with L_mcd; blurred,
     blank: each answer token's dependence on the image, for arms with L_va_kd and `cached`."""
 
-    kinds: list[Literal["gradient", "random", "blurred", "blank"]] = Field(min_length=1)
+    kinds: Annotated[list[Literal["gradient", "random", "blurred", "blank"]], NoRepeats] = Field(min_length=1)
     share: Share = Field(description="for gradient and random: of a sample's words and visual tokens, at most")
 
 
@@ -107,7 +107,9 @@ class Lora(Strict):
     rank: PositiveInt
     alpha: PositiveInt = Field(description="the adapters' output is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    targets: list[str] = Field(min_length=1, description="names of modules of a decoder layer: q_proj, ...")
+    targets: Annotated[list[str], NoRepeats] = Field(
+        min_length=1, description="names of modules of a decoder layer: q_proj, ..."
+    )
 
 
 class Trainable(Strict):
@@ -137,7 +139,9 @@ class DistillSettings(WithTerms):
     stage: Literal["align", "distill"] = Field(description="align: captions, cross-entropy alone, no teacher")
     rows: PositiveInt | None = Field(description="of the train split that students learn from, evenly spaced; null: all")
     steps: PositiveInt
-    batch_size: PositiveInt = Field(description="samples per optimiser step, over all ranks and accumulation steps")
+    batch_size: Annotated[int, Field(gt=0, le=2**20)] = Field(
+        description="samples per optimiser step, over all ranks and accumulation steps"
+    )
     micro_batch_size: PositiveInt = Field(description="samples per forward pass on one device, at most")
     micro_batch_tokens: PositiveInt | None = Field(
         description="tokens per forward pass, padding included: passes hold samples of like length; null: micro_batch_size"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from components.config.fields import Name, PositiveInt, Seed, Strict
+from components.config.fields import Name, NoRepeats, PositiveInt, Seed, Strict
 
 
 class EvaluateSettings(Strict):
@@ -16,8 +16,8 @@ class EvaluateSettings(Strict):
     bootstrap_resamples: PositiveInt
     confidence: Annotated[float, Field(gt=0, lt=1)]
     seed: Seed
-    scorers: list[Literal["anls", "relaxed_accuracy", "choice"]] = Field(
+    scorers: Annotated[list[Literal["anls", "relaxed_accuracy", "choice"]], NoRepeats] = Field(
         description="beside exact match and token F1, of one's own data (components/evaluate/scorers.py)"
     )
-    baselines: list[Name] = Field(description="arms that every other arm's gain is stated against")
+    baselines: Annotated[list[Name], NoRepeats] = Field(description="arms that every other arm's gain is stated against")
     examples: PositiveInt = Field(description="samples where arms disagree, shown in the report")

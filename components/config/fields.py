@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _without_repeats(values: list[Any]) -> list[Any]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value} stands more than once")
+    return values
+
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -17,6 +25,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]  # no dots: DVC reads `arms.NAME`
 IntRange = Annotated[tuple[int, int], Field(strict=False, description="[lowest, highest], both included")]
 FloatRange = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False, description="[lowest, highest]")]
+NoRepeats = AfterValidator(_without_repeats)  # of a list
 Byte = Annotated[int, Field(ge=0, le=255)]
 Rgb = Annotated[tuple[Byte, Byte, Byte], Field(strict=False)]
 

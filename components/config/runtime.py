@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from components.config.fields import Name, PositiveInt, Strict
+from components.config.fields import Name, NoRepeats, PositiveInt, Strict
 
 
 def _split(value: Any) -> Any:
@@ -28,5 +28,7 @@ class RuntimeSettings(Strict):
     teacher_device: Annotated[str, Field(pattern=r"^(same|cpu|cuda:\d+)$")] = Field(description="same: with the student")
     teacher_sharded: bool = Field(strict=False, description="the teacher's layers are shared out over the processes (FSDP2)")
     tracking_uri: str
-    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_split)] = Field(description="beside MLflow")
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_split), NoRepeats] = Field(
+        description="beside MLflow"
+    )
     experiment: str

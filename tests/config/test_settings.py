@@ -507,6 +507,21 @@ def test_compiled_layers_that_a_term_reads_inside_are_refused(root: Path, monkey
 
 
 @pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("evaluate", r"baselines: \[.*\]", "baselines: [kd, kd]", "baselines: kd stands more than once"),
+        ("distill", "evidence: null", "evidence: {kinds: [blank, blank], share: 0.5}", "blank stands more than once"),
+        ("distill", r"\bbatch_size: \d+", "batch_size: 1000000000", "less than or equal to 1048576"),
+    ],
+)
+def test_repeats_and_numbers_that_no_training_reaches_are_refused(
+    root: Path, file: str, old: str, new: str, message: str
+) -> None:
+    put(root, file, old, new)
+    assert any(message in problem for problem in problems(root))
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"iva": {"weighting": "gradient", "layer": None}}, "which takes a live teacher: set teacher_signals.source to live"),
