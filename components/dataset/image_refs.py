@@ -49,6 +49,8 @@ def pointer(value: Any, where: str) -> str | Held:
         value = next((value[key] for key in ("bytes", "path", "url") if isinstance(value.get(key), str) and value[key]), value)
     if isinstance(value, str) and MEDIA_BASE64.match(value):
         return f"data:image/*;base64,{value}"
+    if isinstance(value, str) and value[:5].lower() == "data:":
+        return f"data:{value[5:]}"
     if isinstance(value, str | Held):
         return value
     raise Refusal("wrong_type", f"{where} is the path of an image, not {type(value).__name__}")

@@ -13,7 +13,7 @@ _ENDING = (
 )
 MEDIA_FILE = re.compile(rf"{_ENDING}(\?.*)?$", re.IGNORECASE)
 VIDEO = re.compile(r"video|\bvids?\b|frames?(?![a-z])|\b(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
-MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},")
+MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},", re.IGNORECASE)
 MEDIA_BASE64 = re.compile(  # magic bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
     r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3][A-Za-z0-9+/]{5}AAAAA|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40}"
 )

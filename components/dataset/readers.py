@@ -85,7 +85,7 @@ def _decoded(url: str) -> bytes:
     """Content of a data URL. Raises Refusal not_an_image."""
     head, _, content = url.partition(",")
     try:
-        if head.endswith(";base64"):
+        if head.lower().endswith(";base64"):
             return base64.b64decode("".join(content.split()), validate=True)
         return unquote_to_bytes(content)
     except ValueError as error:  # of base64 or of UTF-8

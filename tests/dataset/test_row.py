@@ -64,6 +64,11 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
         "data:image/png;base64,AAAA",
         {"roles", "parts", "image_moved"},
     ),
+    "a data URL in capitals": (
+        {"image": "DATA:IMAGE/PNG;BASE64,AAAA", "conversations": chat(CAT, "A cat.")},
+        "data:IMAGE/PNG;BASE64,AAAA",
+        set(),
+    ),
     "parts without types": (
         {"messages": openai([{"image": "c.png"}, {"text": "What is it?"}], [{"text": "A cat."}])},
         "c.png",
