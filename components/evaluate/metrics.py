@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from unicodedata import normalize
+from unicodedata import category, normalize
 
 from components.dataset.shards import Sample
 from components.errors import DataError
@@ -42,9 +42,14 @@ def matches(answer: str, reference: str) -> bool:
 
 def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall of the answer's words; 1 if answer and reference have none."""
-    answer_words, reference_words = (Counter(re.findall(r"\w+", fold_case(text))) for text in (answer, reference))
+    answer_words, reference_words = Counter(_words(answer)), Counter(_words(reference))
     total = answer_words.total() + reference_words.total()
     return 2 * (answer_words & reference_words).total() / total if total else 1.0
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters, digits and the marks combined with them, such as the vowels of Devanagari."""
+    return "".join(c if c.isalnum() or c == "_" or category(c).startswith("M") else " " for c in fold_case(text)).split()
 
 
 def predictions(samples: Iterable[Sample], answers: Iterable[str]) -> list[Prediction]:

@@ -58,6 +58,7 @@ def test_spelling_variants_match(words: list[str], space: str, end: str) -> None
         ("", "seven", 0.0),
         ("seven", "eight", 0.0),
         ("caf\u00e9", "cafe\u0301", 1.0),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u0928", 0.0),  # Hindi: vowels are marks, and do not divide a word
         ("...", "", 1.0),
     ],
 )
