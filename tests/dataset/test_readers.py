@@ -244,6 +244,26 @@ def test_rows_that_share_a_picture_are_in_one_split_whatever_it_is_called(tmp_pa
     assert sum(overlap.compared.values()) == PICTURES + 2 * len(pairs) and overlap.near == 0
 
 
+def test_a_further_image_that_looks_like_an_evaluated_one_is_found_with_its_row(tmp_path: Path) -> None:
+    """Rows show pictures n and n + 12; other rows a smaller copy of n + 12 alone."""
+    asked_for, half, rows = as_folder(tmp_path), PICTURES // 2, []
+    for n in range(half):
+        with Image.open(io.BytesIO(picture(n + half))) as image:
+            image.resize((40, 40), Image.Resampling.LANCZOS).save(tmp_path / "images" / f"small-{n}.png")
+        turns = [{"from": "human", "value": "Is <image>\nlike\n<image>?"}, {"from": "gpt", "value": f"{n}."}]
+        rows.append({"id": f"pair-{n}", "images": [f"in/{n}.png", f"in/{n + half}.png"], "conversations": turns})
+        rows.append({"id": f"small-{n}", "image": f"small-{n}.png", "conversations": conversations(n)})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    manifest = prepare(ask_for({"mine": asked_for}, near_duplicates="drop"), target=tmp_path / "dataset", workers=1)
+    split_of = {sample.id: split for split in SPLITS for sample in Samples(tmp_path / "dataset", split)}
+    dropped = {one.id for one in quarantine(tmp_path / "dataset")}
+    assert any(id_.startswith("pair") for id_ in dropped) and manifest.rows_in == len(split_of) + len(dropped)
+    for n in range(half):
+        splits = [split_of.get(f"mine/{kind}-{n}", "dropped") for kind in ("pair", "small")]
+        assert "train" not in splits or splits == ["train", "train"]
+        assert "dropped" not in splits or {"val", "test"} & set(splits)
+
+
 # --- rows that cannot be used -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The stored data set: what goes in comes out, and only what is asked for is touched."""
 
+import hashlib
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -89,6 +90,14 @@ def test_bytes_depend_on_rows_alone_and_the_record_knows_them(tmp_path: Path) ->
     for shard in first.record.shards:
         assert shard.sha256 == sha256([tmp_path / "first" / "train" / shard.file])
     assert sorted(path.name for path in (tmp_path / "first" / "train").iterdir()) == [s.file for s in first.record.shards]
+
+
+def test_rows_of_one_image_and_none_keep_the_bytes_of_before_several_images(tmp_path: Path) -> None:
+    """Of the writer that knew one image a row; another pyarrow may write others."""
+    text = ImageRow("text", None, (("t", "kind", (Turn("Why?", "So."),)),))
+    stored(tmp_path, [*(image_row(n) for n in range(3)), text])
+    (shard,) = (tmp_path / "train").iterdir()
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() == "1e32fb0bcd5983f84d710bf19b8762f946ad5dd280c394b5b2cb2f672ae36c26"
 
 
 # --- only what is asked for -------------------------------------------------------------------------------------------
