@@ -2,7 +2,8 @@
 `dvc repro search_layer cache_teacher write_answers`.
 
 Arms are those of params/study.yaml of one seed, each as `distill` assembles it, on its first batch: collation, generated
-answers, passes, losses, backward, clipping, AdamW. Rates are 0, so that every round of an arm does the same work.
+answers, passes, losses, backward, clipping, AdamW. Rates are 0, so that every round of an arm does the same work. Arms on the
+teacher's cache (`teacher_signals: {source: cache}`) are measured with a live teacher too.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from benchmarks import measure, table
 from components.align_ti.step import total
 from components.config.load import load_settings
 from components.config.settings import Settings
+from components.config.study import Arm
 from components.distill.assemble import assemble
 from components.distill.loader import Steps, batches
 from components.errors import InputError
 from components.process import exit_from
 
 KD = "kd"
+LIVE = ", live teacher"
 ROUNDS = 9
 
 
@@ -53,15 +56,24 @@ def run(settings: Settings, seed: int, rounds: int) -> dict[str, Any]:
     if KD not in names:
         raise InputError(f"params/study.yaml has no arm {KD} of seed {seed}: `alignti study expand field` first")
     arms = {name: step_of(names[name], settings) for name in tqdm(names, desc="methods: arms", unit="arm")}
+    cached = [name for name, arm in names.items() if settings.uses_cache(settings.arm(arm)) and _has_teacher(settings.arm(arm))]
+    signals = settings.distill.teacher_signals.model_copy(update={"source": "live"})
+    live = settings.model_copy(update={"distill": settings.distill.model_copy(update={"teacher_signals": signals})})
+    arms |= {f"{name}{LIVE}": step_of(names[name], live) for name in cached}
     for step in arms.values():
         step()
     cpu, distill = torch.device("cpu"), settings.distill
     ratios = {name: (name, KD) for name in arms if name != KD}
+    ratios |= {f"{name} / live": (name, f"{name}{LIVE}") for name in cached}
     timed = measure.compare_arms(arms, rounds, cpu, "methods", ratios, samples=distill.batch_size)
     for name, arm in timed["arms"].items():
         arm["of_kd"] = timed["ratios"].get(name, 1.0)
     about = f"a step of {distill.batch_size} samples of this folder's data, at the start of the training"
     return measure.result("methods", settings.data.source, about, cpu) | timed
+
+
+def _has_teacher(arm: Arm) -> bool:
+    return any(needs.teacher for needs in arm.needs.values())
 
 
 def main() -> None:
