@@ -10,10 +10,13 @@ from pathlib import Path
 from components.config.load import load_settings
 from components.config.local_paths import named_paths
 from components.config.settings import Settings
+from components.dataset.shards import CAPTION, Samples
 from components.process import exit_from
 from components.records.dataset import Overlap
 from components.records.paths import DATASET
 from components.tracking.stage_run import stage_run
+
+NO_SEARCH = "; fewer than two images of train have two questions: no layer can be searched (iva.weighting: uniform needs none)"
 
 
 def main() -> None:
@@ -32,9 +35,10 @@ def main() -> None:
     images = sum(split.images for split in manifest.splits.values())
     refused = quarantined(DATASET / "quarantine.jsonl")
     reasons = f" ({summary(refused)})" if refused else ""
+    searchable = "" if can_search(Samples(DATASET, "train")) else NO_SEARCH
     print(
         f"prepare: {images:,} images, {manifest.rows_out:,} samples in {len(manifest.splits)} splits,"
-        f" {manifest.quarantined:,} quarantined{reasons}{_overlap()} -> {DATASET} (card.md, contact_sheet.png)"
+        f" {manifest.quarantined:,} quarantined{reasons}{_overlap()}{searchable} -> {DATASET} (card.md, contact_sheet.png)"
     )
 
 
@@ -52,6 +56,18 @@ def unseen_by_dvc(settings: Settings) -> Iterator[str]:
         below = (Path(at) / name for at, names, _ in os.walk(whole) for name in names)
         for link in filter(Path.is_symlink, (*(step for step in above if step.is_dir()), *below)):
             yield f"{key}: {link.relative_to(Path.cwd())} is a link to {link.readlink()}: {remedy}"
+
+
+def can_search(samples: Samples) -> bool:
+    """Whether two images, or more, have two questions besides captions each, which the layer search compares."""
+    questions = [
+        {turn.question for sample in samples.texts(row) if sample.images and sample.kind != CAPTION for turn in sample.turns}
+        for row in range(samples.images)
+    ]
+    if sum(len(row) > 1 for row in questions) > 1:
+        return True
+    by_image = (set().union(*(questions[row] for row in rows)) for rows in samples.equal_images())
+    return sum(len(image) > 1 for image in by_image) > 1
 
 
 def _overlap() -> str:

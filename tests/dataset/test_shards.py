@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.dataset import shard_writer
+from components.dataset.__main__ import can_search
 from components.dataset.shard_writer import SplitWriter, without
 from components.dataset.shards import ImageRow, Sample, Samples, Turn
 from components.errors import DataError
@@ -98,6 +99,21 @@ def test_rows_of_one_image_and_none_keep_the_bytes_of_before_several_images(tmp_
     stored(tmp_path, [*(image_row(n) for n in range(3)), text])
     (shard,) = (tmp_path / "train").iterdir()
     assert hashlib.sha256(shard.read_bytes()).hexdigest() == "1e32fb0bcd5983f84d710bf19b8762f946ad5dd280c394b5b2cb2f672ae36c26"
+
+
+@pytest.mark.parametrize(
+    ("pictures", "turns", "kind", "possible"),
+    [(9, 1, "kind", False), (9, 2, "kind", True), (2, 1, "kind", True), (9, 2, "caption", False)],
+)
+def test_whether_a_layer_can_be_searched_is_known_from_the_questions_of_equal_images(
+    pictures: int, turns: int, kind: str, possible: bool, tmp_path: Path
+) -> None:
+    """Nine rows of `turns` questions each, about so many different pictures."""
+    rows = [
+        ImageRow(f"{n}", bytes([n % pictures]), ((f"{n}", kind, tuple(Turn(f"<image>\n{n} {i}?", "a") for i in range(turns))),))
+        for n in range(9)
+    ]
+    assert can_search(stored(tmp_path, rows)) == possible
 
 
 # --- only what is asked for -------------------------------------------------------------------------------------------
