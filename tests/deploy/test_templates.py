@@ -19,7 +19,7 @@ from prefect.utilities.templating import apply_values
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-KNOWN = {"docker": ("prefect-docker", "docker"), "kubernetes": ("prefect-kubernetes", "kubernetes")}
+WORKER_TYPES = {"docker": ("prefect-docker", "docker"), "kubernetes": ("prefect-kubernetes", "kubernetes")}
 SLURM = DEPLOY / "slurm.sbatch"
 
 
@@ -30,29 +30,29 @@ def template(kind: str) -> dict[str, Any]:
 def shipped(kind: str) -> dict[str, Any]:
     """Prefect's own template of that kind of pool, as its server knows it."""
     (file,) = Path(prefect.__file__).parent.rglob("aggregate-worker-metadata.json")
-    package, name = KNOWN[kind]
+    package, name = WORKER_TYPES[kind]
     return json.loads(file.read_text())[package][name]["default_base_job_configuration"]
 
 
-def rendered(kind: str, **asked: Any) -> dict[str, Any]:
+def rendered(kind: str, **overrides: Any) -> dict[str, Any]:
     """The job of a flow run: the template's defaults, then what the deployment asks for, then what the worker adds."""
     ours = template(kind)
-    values = {name: told["default"] for name, told in ours["variables"]["properties"].items() if "default" in told}
-    values |= {"command": "prefect flow-run execute", "name": "hot-adder", "labels": {"flow": "alignti-study"}} | asked
+    values = {name: variable["default"] for name, variable in ours["variables"]["properties"].items() if "default" in variable}
+    values |= {"command": "prefect flow-run execute", "name": "hot-adder", "labels": {"flow": "alignti-study"}} | overrides
     Draft202012Validator(ours["variables"]).validate(values)
     return apply_values(ours["job_configuration"], values, remove_notset=True)
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", WORKER_TYPES)
 def test_a_template_is_one_that_prefect_knows(kind: str) -> None:
-    ours, theirs = template(kind), shipped(kind)
+    ours, of_prefect = template(kind), shipped(kind)
     Draft202012Validator.check_schema(ours["variables"])
     used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(ours["job_configuration"])))
     assert used == set(ours["variables"]["properties"])
     beyond = {"container_create_kwargs"}  # newer than the list that Prefect's server comes with
-    assert set(ours["job_configuration"]) - beyond <= set(theirs["job_configuration"])
-    for name in set(ours["variables"]["properties"]) & set(theirs["variables"]["properties"]):
-        assert ours["variables"]["properties"][name]["type"] == theirs["variables"]["properties"][name]["type"]
+    assert set(ours["job_configuration"]) - beyond <= set(of_prefect["job_configuration"])
+    for name in set(ours["variables"]["properties"]) & set(of_prefect["variables"]["properties"]):
+        assert ours["variables"]["properties"][name]["type"] == of_prefect["variables"]["properties"][name]["type"]
 
 
 def test_docker_runs_the_image_over_the_clone_with_a_gpu() -> None:
@@ -103,8 +103,8 @@ def test_the_image_installs_what_is_pinned_and_runs_as_nobody_special() -> None:
     install = next(words for name, words in steps if name == "RUN" and "pip install" in words)
     assert install.count("--constraint constraints.txt") == install.count("pip install")
     extras = dict(steps)["ARG"].partition("=")[2].split(",")
-    known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert set(extras) <= set(known)
+    declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(extras) <= set(declared)
     assert dict(steps)["USER"] == "alignti" and json.loads(dict(steps)["ENTRYPOINT"])[0] == "tini"
 
 
@@ -128,10 +128,10 @@ def servers(tmp_path: Path) -> dict[str, str]:
 
 
 def test_slurm_starts_workers_in_the_clone_and_ends_with_their_exit_code(tmp_path: Path) -> None:
-    said, _ = slurm(
+    output, _ = slurm(
         tmp_path, 'echo "$PWD $* $OMP_NUM_THREADS"; exit 3', **servers(tmp_path), SLURM_CPUS_PER_TASK="8"
     ).communicate()
-    assert said == f"{tmp_path} worker 8\n"
+    assert output == f"{tmp_path} worker 8\n"
 
 
 def test_slurm_passes_the_end_of_its_time_on_and_waits_for_the_workers(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_slurm_passes_the_end_of_its_time_on_and_waits_for_the_workers(tmp_path:
 @pytest.mark.parametrize("missing", ["ALIGNTI_ROOT", "PREFECT_API_URL", "ALIGNTI_TRACKING_URI"])
 def test_slurm_says_what_is_missing(tmp_path: Path, missing: str) -> None:
     job = slurm(tmp_path, "echo never", **{k: v for k, v in servers(tmp_path).items() if k != missing})
-    said, error = job.communicate(timeout=60)
-    assert job.returncode != 0 and said == "" and missing in error
+    output, error = job.communicate(timeout=60)
+    assert job.returncode != 0 and output == "" and missing in error
 
 
 def test_slurms_options_are_well_formed() -> None:
@@ -161,7 +161,7 @@ def test_shellcheck_finds_nothing() -> None:
     subprocess.run(["shellcheck", str(SLURM)], check=True)
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", WORKER_TYPES)
 def test_prefects_own_worker_takes_the_template(kind: str) -> None:
     worker = pytest.importorskip(f"prefect_{kind}", reason=f"prefect-{kind} is only where such a pool is served").__name__
     configuration = getattr(__import__(f"{worker}.worker", fromlist=["worker"]), f"{kind.capitalize()}WorkerJobConfiguration")

@@ -92,17 +92,17 @@ def _f1(verdict: Callable[[str], str | None], by_category: bool, answers: Sequen
     for a in answers:
         for kind in a.category.split(","):
             kinds[kind if by_category else ""].append((verdict(a.answer), a.references[0].lower()))
-    said = [pair for pairs in kinds.values() for pair in pairs]
+    all_pairs = [pair for pairs in kinds.values() for pair in pairs]
     return {
         "score": 100 * fmean(_f1_of(pairs) for pairs in kinds.values()),
-        "accuracy": 100 * fmean(verdict == true for verdict, true in said),
-        "yes_ratio": 100 * fmean(verdict == "yes" for verdict, _ in said),
+        "accuracy": 100 * fmean(verdict == true for verdict, true in all_pairs),
+        "yes_ratio": 100 * fmean(verdict == "yes" for verdict, _ in all_pairs),
     }
 
 
 def _f1_of(pairs: Sequence[tuple[str | None, str]]) -> float:
-    hits = sum(said == true == "yes" for said, true in pairs)
-    claimed = sum(said == "yes" for said, _ in pairs)
+    hits = sum(predicted == true == "yes" for predicted, true in pairs)
+    claimed = sum(predicted == "yes" for predicted, _ in pairs)
     positive = sum(true == "yes" for _, true in pairs)
     return 2 * hits / (claimed + positive) if claimed + positive else 0.0
 

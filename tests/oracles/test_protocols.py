@@ -14,26 +14,26 @@ OPTIONS = {"A": "red", "B": "green", "C": "blue", "D": "grey"}
 CLOSED = [(f"image{i}", reference) for i in range(4) for reference in ("yes", "no")]
 
 
-def closed(said: Callable[[str], str], category: str = "") -> list[Answer]:
+def closed(answer: Callable[[str], str], category: str = "") -> list[Answer]:
     """Two questions about each of four images, one answered by yes and one by no."""
-    return [Answer(said(ref), (ref,), image=i, question=f"{i}{ref}", category=category) for i, ref in CLOSED]
+    return [Answer(answer(ref), (ref,), image=i, question=f"{i}{ref}", category=category) for i, ref in CLOSED]
 
 
-def choices(said: Callable[[str], str]) -> list[Answer]:
+def choices(answer: Callable[[str], str]) -> list[Answer]:
     """Each of four questions in its four orders: the right letter is each letter once."""
-    return [Answer(said(letter), (letter,), OPTIONS, question=f"q{q}") for q in range(4) for letter in OPTIONS]
+    return [Answer(answer(letter), (letter,), OPTIONS, question=f"q{q}") for q in range(4) for letter in OPTIONS]
 
 
-def texts(said: Callable[[str], str]) -> list[Answer]:
-    return [Answer(said(word), (word,) * 10) for word in ("red", "seven", "3.5", "teddy bear")]
+def texts(answer: Callable[[str], str]) -> list[Answer]:
+    return [Answer(answer(word), (word,) * 10) for word in ("red", "seven", "3.5", "teddy bear")]
 
 
-def pope(said: Callable[[str], str]) -> list[Answer]:
-    return [a for split in ("random", "popular", "adversarial") for a in closed(said, split)]
+def pope(answer: Callable[[str], str]) -> list[Answer]:
+    return [a for split in ("random", "popular", "adversarial") for a in closed(answer, split)]
 
 
-def mme(said: Callable[[str], str]) -> list[Answer]:
-    return [a for task in PERCEPTION + COGNITION for a in closed(said, task)]
+def mme(answer: Callable[[str], str]) -> list[Answer]:
+    return [a for task in PERCEPTION + COGNITION for a in closed(answer, task)]
 
 
 PLANTED: dict[str, Callable[[str], str]] = {
@@ -67,8 +67,8 @@ CASES = {
 def test_planted_answers_have_the_score_known_by_hand(name: str) -> None:
     planted, expected = CASES[name]
     metric = BENCHMARKS[name].metric
-    found = {what: score(metric, planted(said))["score"] for what, said in PLANTED.items()}
-    assert found == pytest.approx(dict(zip(PLANTED, expected, strict=True)))
+    scores = {case: score(metric, planted(answer))["score"] for case, answer in PLANTED.items()}
+    assert scores == pytest.approx(dict(zip(PLANTED, expected, strict=True)))
 
 
 def test_the_kit_s_pope_differs_from_the_paper_s() -> None:
@@ -110,8 +110,8 @@ def test_the_table_covers_the_paper_and_says_what_it_does_not_know() -> None:
     assert PAPER == ("gqa", "sqa", "textvqa", "pope", "mme", "mmb")
     for benchmark in BENCHMARKS.values():
         for field in ("items", "licence"):
-            known = getattr(benchmark, field) is not None
-            assert known or any(field in point for point in benchmark.open_points), (benchmark.title, field)
+            stated = getattr(benchmark, field) is not None
+            assert stated or any(field in point for point in benchmark.open_points), (benchmark.title, field)
         assert benchmark.kit_dataset in benchmark.get
 
 

@@ -31,22 +31,22 @@ def test_exact_forgives_case_and_the_final_period(answer: str, reference: str, w
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "distance"),
+    ("first", "second", "distance"),
     [("kitten", "sitting", 3), ("saturday", "sunday", 3), ("", "abc", 3), ("abc", "abc", 0)],  # Wikipedia, Levenshtein distance
 )
-def test_edit_distance_of_the_textbook(one: str, other: str, distance: int) -> None:
-    assert edit_distance(one, other) == distance
+def test_edit_distance_of_the_textbook(first: str, second: str, distance: int) -> None:
+    assert edit_distance(first, second) == distance
 
 
 @given(WORD, WORD)
-def test_edit_distance_equals_the_recursion(one: str, other: str) -> None:
+def test_edit_distance_equals_the_recursion(first: str, second: str) -> None:
     def plain(a: str, b: str) -> int:
         if not a or not b:
             return len(a) + len(b)
         return min(plain(a[1:], b) + 1, plain(a, b[1:]) + 1, plain(a[1:], b[1:]) + (a[0] != b[0]))
 
-    one, other = one[:5], other[:5]
-    assert edit_distance(one, other) == plain(one, other)
+    first, second = first[:5], second[:5]
+    assert edit_distance(first, second) == plain(first, second)
 
 
 @pytest.mark.parametrize(

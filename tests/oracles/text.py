@@ -12,14 +12,14 @@ def exact(answer: str, references: Sequence[str]) -> float:
 
 def contained(answer: str, references: Sequence[str]) -> float:
     """OCRBench: a reference stands somewhere in the answer, case and line breaks aside (Liu et al., SCIS 2024)."""
-    said = answer.lower().strip().replace("\n", " ")
-    return float(any(reference.lower().strip().replace("\n", " ") in said for reference in references))
+    normalised = answer.lower().strip().replace("\n", " ")
+    return float(any(reference.lower().strip().replace("\n", " ") in normalised for reference in references))
 
 
 def contained_formula(answer: str, references: Sequence[str]) -> float:
     """OCRBench's handwritten formulas: the same, with case kept and all spaces dropped."""
-    said = answer.strip().replace("\n", " ").replace(" ", "")
-    return float(any(reference.strip().replace("\n", " ").replace(" ", "") in said for reference in references))
+    normalised = answer.strip().replace("\n", " ").replace(" ", "")
+    return float(any(reference.strip().replace("\n", " ").replace(" ", "") in normalised for reference in references))
 
 
 def _plain(text: str) -> str:

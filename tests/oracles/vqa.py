@@ -34,7 +34,7 @@ who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all
 you've
 """
 CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word for word in CONTRACTED.split() for place, letter in enumerate(word) if letter == "'"
+    word[:index] + word[index + 1 :]: word for word in CONTRACTED.split() for index, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the one that the official table takes apart
 
 
@@ -45,11 +45,11 @@ def accuracy(answer: str, references: Sequence[str], normalise: Callable[[str], 
     """
     if not references:
         raise DataError("VQA accuracy needs a human answer to compare with, and there is none")
-    said = normalise(answer)
-    equal = [normalise(reference) == said for reference in references]
+    normalised = normalise(answer)
+    equal = [normalise(reference) == normalised for reference in references]
     if len(equal) == 1:
         return float(equal[0])
-    return sum(min(1.0, (sum(equal) - own) / 3) for own in equal) / len(equal)
+    return sum(min(1.0, (sum(equal) - match) / 3) for match in equal) / len(equal)
 
 
 def normalise(text: str) -> str:
@@ -66,11 +66,11 @@ def normalise_m4c(text: str) -> str:
 def without_punctuation(text: str) -> str:
     """Each mark is dropped where a space is beside it somewhere, or a number holds a comma; else it becomes a space."""
     in_number = COMMA_IN_NUMBER.search(text) is not None
-    found = text
+    stripped = text
     for mark in PUNCTUATION:
         dropped = in_number or f"{mark} " in text or f" {mark}" in text
-        found = found.replace(mark, "" if dropped else " ")
-    return PERIOD.sub("", found, count=MOST_PERIODS)
+        stripped = stripped.replace(mark, "" if dropped else " ")
+    return PERIOD.sub("", stripped, count=MOST_PERIODS)
 
 
 def _words(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Every row tried as the models read it: what is left out, cut or stretched is said, and nothing that is left stops a batch."""
+"""Every row tried as the models read it: what is left out, cut or stretched is listed, and no other row stops a batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.families import toy
 from tests.shards import write_split
 
 ROOT = Path(__file__).parents[2]
-MOST = 60  # tokens
+MAX_LENGTH = 60  # tokens
 FAMILIES = ("qwen2_vl", "internvl")
 
 
@@ -79,60 +79,60 @@ def models(folder: Path) -> Path:
     return folder
 
 
-def asked(**changes: Any) -> Settings:
+def settings_with(**changes: Any) -> Settings:
     shipped = load_settings(ROOT)
     template = shipped.models.template.model_copy(update={"style": "processor"})
-    update = {"max_length": MOST, "template": template, "too_long": "cut", "refused_images": "resize", **changes}
+    update = {"max_length": MAX_LENGTH, "template": template, "too_long": "cut", "refused_images": "resize", **changes}
     limits = shipped.data.limits.model_copy(update={"max_bad_ratio": 0.5})
     data = shipped.data.model_copy(update={"limits": limits})
     return shipped.model_copy(update={"models": shipped.models.model_copy(update=update), "data": data})
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     dataset(tmp_path / "dataset")
     models(tmp_path / "models")
     return tmp_path
 
 
-def tried(here: Path, **changes: Any) -> TriedRows:
-    return try_rows(asked(**changes), 1, here / "dataset", here / "models", here / "rows")
+def tried(root: Path, **changes: Any) -> TriedRows:
+    return try_rows(settings_with(**changes), 1, root / "dataset", root / "models", root / "rows")
 
 
-def remarks(here: Path) -> dict[str, str]:
-    lines = (here / "rows" / "remarks.jsonl").read_text().splitlines()
-    return {(one := json.loads(line))["id"]: one["reason"] for line in lines}
+def remarks(root: Path) -> dict[str, str]:
+    lines = (root / "rows" / "remarks.jsonl").read_text().splitlines()
+    return {(remark := json.loads(line))["id"]: remark["reason"] for line in lines}
 
 
-def test_rows_that_make_no_batch_are_left_out_and_named(here: Path) -> None:
-    found = tried(here)
-    assert remarks(here) == {"long answer": "too_long", "long question": "too_long", "long later": "cut", "narrow": "resized"}
-    train = found.splits["train"]
+def test_rows_that_make_no_batch_are_left_out_and_named(root: Path) -> None:
+    result = tried(root)
+    assert remarks(root) == {"long answer": "too_long", "long question": "too_long", "long later": "cut", "narrow": "resized"}
+    train = result.splits["train"]
     assert (train.samples, train.usable, train.cut, train.resized, train.left_out) == (7, 5, 1, 1, {"too_long": 2})
-    assert train.longest <= MOST and found.tried_with == [toy.folder(family).name for family in FAMILIES]
-    assert "2 left out (2 too_long)" in closing_line(found)
+    assert train.longest <= MAX_LENGTH and result.tried_with == [toy.folder(family).name for family in FAMILIES]
+    assert "2 left out (2 too_long)" in closing_line(result)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_damaged_shard_of_any_split_is_refused_before_a_row_is_read(here: Path, split: Split) -> None:
-    (shard,) = (here / "dataset" / split).glob("*.arrow")
+def test_a_damaged_shard_of_any_split_is_refused_before_a_row_is_read(root: Path, split: Split) -> None:
+    (shard,) = (root / "dataset" / split).glob("*.arrow")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DataError, match=f"{split}/{shard.name}"):
-        tried(here)
+        tried(root)
 
 
-def test_settings_say_what_becomes_of_long_rows_and_odd_images(here: Path) -> None:
-    found = tried(here, too_long="leave_out", refused_images="leave_out")
-    assert remarks(here) == {
+def test_settings_say_what_becomes_of_long_rows_and_odd_images(root: Path) -> None:
+    result = tried(root, too_long="leave_out", refused_images="leave_out")
+    assert remarks(root) == {
         "long answer": "too_long",
         "long question": "too_long",
         "long later": "too_long",
         "narrow": "refused_image",
     }
-    assert found.splits["train"].left_out == {"too_long": 3, "refused_image": 1}
+    assert result.splits["train"].left_out == {"too_long": 3, "refused_image": 1}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_an_image_that_would_grow_past_all_bounds_is_refused_before_it_does(
 ) -> None:
     monkeypatch.setattr(image_processor, "MOST_GROWN", 1_000_000)
     vicuna = load_settings(ROOT).models.template
-    (sample, *_), judge = toy.SAMPLES, Judge([toy.folder(family)], asked(template=vicuna, max_length=100_000).models)
+    (sample, *_), judge = toy.SAMPLES, Judge([toy.folder(family)], settings_with(template=vicuna, max_length=100_000).models)
     grown: list[int] = []
     resize = Image.Image.resize
 
@@ -159,74 +159,78 @@ def test_an_image_that_would_grow_past_all_bounds_is_refused_before_it_does(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_left_never_stops_a_batch(here: Path, family: str) -> None:
-    tried(here)
-    samples = Samples(here / "dataset", "train", here / "rows")
-    collator = Collator(load_processor(toy.folder(family)), Template("", style="processor"), MOST, train=True)
+def test_what_is_left_never_stops_a_batch(root: Path, family: str) -> None:
+    tried(root)
+    samples = Samples(root / "dataset", "train", root / "rows")
+    collator = Collator(load_processor(toy.folder(family)), Template("", style="processor"), MAX_LENGTH, train=True)
     batch = collator(list(samples))
-    assert batch.ids == ["good", "text", "end", "long later", "narrow"] and len(batch.input_ids[0]) <= MOST
+    assert batch.ids == ["good", "text", "end", "long later", "narrow"] and len(batch.input_ids[0]) <= MAX_LENGTH
     ends = [
         int((ids[response] == collator.eos_id).sum()) for ids, response in zip(batch.input_ids, batch.response, strict=True)
     ]
     assert ends == [1] * 5, "an end for each answer that is kept, and none that a row has written"
 
 
-def test_lengths_are_those_of_the_longest_reading(here: Path) -> None:
-    tried(here)
-    samples = Samples(here / "dataset", "train", here / "rows")
-    verdict = np.load(here / "rows" / "train.npy")
+def test_lengths_are_those_of_the_longest_reading(root: Path) -> None:
+    tried(root)
+    samples = Samples(root / "dataset", "train", root / "rows")
+    verdict = np.load(root / "rows" / "train.npy")
     for family in FAMILIES:
-        collator = Collator(load_processor(toy.folder(family)), Template("", style="processor"), MOST, train=True)
+        collator = Collator(load_processor(toy.folder(family)), Template("", style="processor"), MAX_LENGTH, train=True)
         rows = collator.encode(list(samples))
-        kept = verdict[verdict["turns"] > 0]
-        assert [samples.tokens(index) for index in range(len(samples))] == kept["tokens"].tolist()
-        assert all(len(row.input_ids) <= tokens for row, tokens in zip(rows, kept["tokens"], strict=True))
-        assert all(row.response.sum() <= tokens for row, tokens in zip(rows, kept["response"], strict=True))
+        usable = verdict[verdict["turns"] > 0]
+        assert [samples.tokens(index) for index in range(len(samples))] == usable["tokens"].tolist()
+        assert all(len(row.input_ids) <= tokens for row, tokens in zip(rows, usable["tokens"], strict=True))
+        assert all(row.response.sum() <= tokens for row, tokens in zip(rows, usable["response"], strict=True))
 
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
 def test_a_verdict_is_the_length_of_what_the_collator_makes(family: str) -> None:
-    settings = asked(template=load_settings(ROOT).models.template, max_length=100_000).models
+    settings = settings_with(template=load_settings(ROOT).models.template, max_length=100_000).models
     collator = Collator(load_processor(toy.folder(family)), Template.from_settings(settings.template), 100_000, train=True)
     samples = list(toy.SAMPLES)
     sizes = [tuple(Image.open(io.BytesIO(image)).size for image in sample.images) for sample in samples]
-    found = [verdict for verdict, _ in Judge([toy.folder(family)], settings)("train", samples, sizes)]
+    verdicts = [verdict for verdict, _ in Judge([toy.folder(family)], settings)("train", samples, sizes)]
     rows = collator.encode(samples)
     shorter = settings.model_copy(update={"max_length": len(rows[3].input_ids) - 1})
     ((cut, _),) = Judge([toy.folder(family)], shorter)("train", samples[3:], sizes[3:])
     (first,) = collator.encode([samples[3].upto(1)])
     assert cut == (1, len(first.input_ids), int(first.response.sum())), "a later turn goes with its image"
-    assert found == [(len(s.turns), len(row.input_ids), int(row.response.sum())) for s, row in zip(samples, rows, strict=True)]
+    assert verdicts == [
+        (len(s.turns), len(row.input_ids), int(row.response.sum())) for s, row in zip(samples, rows, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("jinja", "usable"), [("", 3), ("first", 2), ("one", 1)])
-def test_rows_whose_images_a_template_has_no_place_for_are_left_out_and_say_so(jinja: str, usable: int, here: Path) -> None:
+def test_rows_whose_images_a_template_has_no_place_for_are_left_out_and_say_so(jinja: str, usable: int, root: Path) -> None:
     """As released: LLaVA-OneVision's puts a turn's images before its words; others write one image alone."""
-    folder = toy.save("llava_onevision", here / "onevision")
+    folder = toy.save("llava_onevision", root / "onevision")
     words = "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}<|im_end|>"
     images = "{% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
     images = images if jinja == "first" else "{% if m['content'][0]['type'] == 'image' %}<image>{% endif %}"
     if jinja:
-        ask = "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
-        whole = "{% for m in messages %}<|im_start|>{{ m['role'] }}" + images + words + "{% endfor %}" + ask
-        (folder / "chat_template.jinja").write_text(whole)
+        generation_prompt = "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+        chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}" + images + words + "{% endfor %}" + generation_prompt
+        )
+        (folder / "chat_template.jinja").write_text(chat_template)
     samples = [
         replace(toy.SAMPLES[3], turns=(Turn(question, "red"),), more=toy.SAMPLES[3].more[:count])
         for question, count in (("<image>what ?", 0), ("<image><image>what ?", 1), ("is <image> at <image> ?", 1))
     ]
     sizes = [tuple(Image.open(io.BytesIO(image)).size for image in sample.images) for sample in samples]
-    found = list(Judge([folder], asked(max_length=1000).models)("train", samples, sizes))
-    assert [bool(verdict[0]) for verdict, _ in found] == [True] * usable + [False] * (3 - usable)
-    for _, remark in found[usable:]:
+    verdicts = list(Judge([folder], settings_with(max_length=1000).models)("train", samples, sizes))
+    assert [bool(verdict[0]) for verdict, _ in verdicts] == [True] * usable + [False] * (3 - usable)
+    for _, remark in verdicts[usable:]:
         assert remark is not None and remark.reason == "no_sample"
         assert "no place for several images" in remark.detail and "template.style: vicuna" in remark.detail
 
 
-def test_samples_skip_what_was_left_out_in_every_way_of_reading(here: Path) -> None:
-    tried(here)
-    samples = Samples(here / "dataset", "train", here / "rows")
-    whole = Samples(here / "dataset", "train")
-    assert (len(whole), len(samples), len(samples.kinds), samples.images) == (7, 5, 5, 7)
+def test_samples_skip_what_was_left_out_in_every_way_of_reading(root: Path) -> None:
+    tried(root)
+    samples = Samples(root / "dataset", "train", root / "rows")
+    all_samples = Samples(root / "dataset", "train")
+    assert (len(all_samples), len(samples), len(samples.kinds), samples.images) == (7, 5, 5, 7)
     assert [len(samples[i].turns) for i in range(5)] == [1, 1, 1, 1, 1]
     assert [len(samples.of_image(row)) for row in range(7)] == [1, 1, 1, 0, 0, 1, 1]
     assert [samples[i].id for row in range(7) for i in samples.of_image(row)] == [sample.id for sample in samples]
@@ -234,51 +238,51 @@ def test_samples_skip_what_was_left_out_in_every_way_of_reading(here: Path) -> N
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
-def test_verdicts_of_another_data_set_are_refused(here: Path) -> None:
-    tried(here)
-    other = dataset(here / "other")
+def test_verdicts_of_another_data_set_are_refused(root: Path) -> None:
+    tried(root)
+    other = dataset(root / "other")
     manifest = Manifest.read(other / "manifest.json")
     manifest.model_copy(update={"digest": "e" * 64}).write(other / "manifest.json")
     with pytest.raises(DataError, match="dvc repro check_rows"):
-        Samples(other, "train", here / "rows")
+        Samples(other, "train", root / "rows")
     with pytest.raises(DataError, match="is missing"):
-        Samples(other, "train", here / "nowhere")
+        Samples(other, "train", root / "nowhere")
 
 
-def test_more_than_may_be_bad_stops_the_stage_and_leaves_the_list(here: Path) -> None:
-    settings = asked()
+def test_more_than_may_be_bad_stops_the_stage_and_leaves_the_list(root: Path) -> None:
+    settings = settings_with()
     limits = settings.data.limits.model_copy(update={"max_bad_ratio": 0.1})
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"limits": limits})})
     with pytest.raises(DataError, match=r"2 of 9 samples cannot be trained on.*2 too_long"):
-        try_rows(settings, 1, here / "dataset", here / "models", here / "rows")
-    assert not (here / "rows").exists()
-    assert len((here / ".runs/check_rows/remarks.jsonl").read_text().splitlines()) == 2
+        try_rows(settings, 1, root / "dataset", root / "models", root / "rows")
+    assert not (root / "rows").exists()
+    assert len((root / ".runs/check_rows/remarks.jsonl").read_text().splitlines()) == 2
 
 
-def test_an_interrupted_run_goes_on_and_workers_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_and_workers_change_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "IMAGES_PER_JOB", 2)
-    tried(here)
-    whole = {path.name: path.read_bytes() for path in (here / "rows").iterdir()}
-    real, made = trial.try_part, list[Any]()
+    tried(root)
+    outputs = {path.name: path.read_bytes() for path in (root / "rows").iterdir()}
+    try_part, jobs = trial.try_part, list[Any]()
 
     def stopped(*job: Any) -> int:
-        if len(made) == 2:
+        if len(jobs) == 2:
             raise KeyboardInterrupt
-        made.append(job[2:4])
-        return real(*job)
+        jobs.append(job[2:4])
+        return try_part(*job)
 
     monkeypatch.setattr(trial, "try_part", stopped)
     with pytest.raises(KeyboardInterrupt):
-        tried(here)
+        tried(root)
 
     def counted(*job: Any) -> int:
-        made.append(job[2:4])
-        return real(*job)
+        jobs.append(job[2:4])
+        return try_part(*job)
 
     monkeypatch.setattr(trial, "try_part", counted)
-    tried(here)
-    assert len(made) == len(set(made)) + 1 == 6, "four parts of train, one of val and of test, each tried once"
-    assert {path.name: path.read_bytes() for path in (here / "rows").iterdir()} == whole
+    tried(root)
+    assert len(jobs) == len(set(jobs)) + 1 == 6, "four parts of train, one of val and of test, each tried once"
+    assert {path.name: path.read_bytes() for path in (root / "rows").iterdir()} == outputs
 
 
 def test_a_process_of_its_own_finds_the_work() -> None:

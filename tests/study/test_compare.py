@@ -25,21 +25,21 @@ from components.study.expand import Family
 from components.tracking import journal
 from components.tracking.mlflow_client import client
 
-KNOWN = json.dumps({"kit": "alignti", "dataset_hash": "abc"})
+FINGERPRINT = json.dumps({"kit": "alignti", "dataset_hash": "abc"})
 SCORES = {("0.0", "0.0"): 0.50, ("1.0", "0.0"): 0.52, ("0.0", "1.0"): 0.57, ("1.0", "1.0"): 0.60}
 NOISE = {1: -0.01, 2: 0.0, 3: 0.012}
 
 
-def run(iva: str, tpa: str, seed: int, score: float, fingerprint: str = KNOWN, made: int = 0) -> Run:
+def run(iva: str, tpa: str, seed: int, score: float, fingerprint: str = FINGERPRINT, started: int = 0) -> Run:
     variant = f"iva{iva[0]}-tpa{tpa[0]}"
     return Run(
-        id=f"{variant}-{seed}-{made}",
+        id=f"{variant}-{seed}-{started}",
         cell=f"{variant}-seed{seed}",
         variant=variant,
         params={"weights.iva": iva, "weights.tpa": tpa, "seed": str(seed)},
         metrics={SCORE: score, HOURS: 0.1 + float(tpa), MEMORY: 1000.0 + 100 * float(iva)},
         fingerprint=fingerprint,
-        started=made,
+        started=started,
     )
 
 
@@ -54,9 +54,9 @@ def result(runs: list[Run] = RUNS, cells: list[str] = CELLS) -> StudyResult:
 
 
 def test_variants_are_means_over_seeds_with_t_intervals() -> None:
-    found = result()
-    assert [v.name for v in found.variants] == ["iva1-tpa1", "iva0-tpa1", "iva1-tpa0", "iva0-tpa0"]
-    worst = found.variants[-1].score
+    comparison = result()
+    assert [v.name for v in comparison.variants] == ["iva1-tpa1", "iva0-tpa1", "iva1-tpa0", "iva0-tpa0"]
+    worst = comparison.variants[-1].score
     values = [0.50 + n for n in NOISE.values()]
     assert worst.mean == pytest.approx(sum(values) / 3)
     assert worst.interval == pytest.approx(stats.t.interval(0.95, 2, worst.mean, stats.sem(values)))
@@ -68,20 +68,20 @@ def test_pairs_are_tested_over_common_seeds_and_adjusted_together() -> None:
     for variant, test in tests.items():
         if test.p_value is not None:
             assert test.p_value == pytest.approx(stats.ttest_rel(scores[variant], scores["iva0-tpa0"]).pvalue)
-    told = sorted(t.p_value for t in tests.values() if t.p_value is not None)
+    p_values = sorted(t.p_value for t in tests.values() if t.p_value is not None)
     smallest = min(t.p_holm for t in tests.values() if t.p_holm is not None)
-    assert smallest == pytest.approx(min(1.0, told[0] * len(told)))
+    assert smallest == pytest.approx(min(1.0, p_values[0] * len(p_values)))
 
 
 def test_each_family_is_adjusted_by_itself_and_is_a_table_of_its_own() -> None:
-    asked = {"TPA": Family(variants=["iva1-tpa1"], against=["iva0-tpa0"]), "both": FAMILIES[BASELINES]}
-    found = compare("terms", RUNS, CELLS, asked, 0.95)
-    (alone,), together = found.tests.values()
-    assert list(found.tests) == ["TPA", "both"] and alone.p_holm == alone.p_value
+    families = {"TPA": Family(variants=["iva1-tpa1"], against=["iva0-tpa0"]), "both": FAMILIES[BASELINES]}
+    comparison = compare("terms", RUNS, CELLS, families, 0.95)
+    (alone,), together = comparison.tests.values()
+    assert list(comparison.tests) == ["TPA", "both"] and alone.p_holm == alone.p_value
     again = next(t for t in together if t.variant == "iva1-tpa1")
     assert again.p_value == alone.p_value
     assert again.p_holm is not None and alone.p_value is not None and again.p_holm > alone.p_value
-    assert [heading for heading, *_ in report._tables(found, 0.95)][1:3] == ["TPA", "both"]
+    assert [heading for heading, *_ in report._tables(comparison, 0.95)][1:3] == ["TPA", "both"]
 
 
 def test_the_main_effect_of_a_term_is_over_all_pairs_that_differ_in_it_alone() -> None:
@@ -97,52 +97,52 @@ def test_energy_is_a_column_where_it_was_measured_and_blank_where_a_run_lacks_it
     runs = [replace(r, metrics={**r.metrics, "cost/gpu_wh": 10.0 * r.metrics[HOURS]}) for r in RUNS]
     runs[0] = RUNS[0]
     _, note, head, rows = report._tables(result(runs), 0.95)[0]
-    told = {row[0]: row[head.index("GPU Wh")] for row in rows}
-    assert told == {"iva1-tpa1": "11", "iva0-tpa1": "11", "iva1-tpa0": "1", "iva0-tpa0": "\N{EN DASH}"}
+    energy = {row[0]: row[head.index("GPU Wh")] for row in rows}
+    assert energy == {"iva1-tpa1": "11", "iva0-tpa1": "11", "iva1-tpa0": "1", "iva0-tpa0": "\N{EN DASH}"}
     assert "processor Wh" not in head and "Energy of the training" in note
 
 
 def test_at_equal_compute_a_variant_stands_beside_the_best_that_costs_no_more() -> None:
-    found = {one.name: other for one, other in module.equal_compute(result().variants)}
-    assert {name: other and other.name for name, other in found.items()} == {
+    best = {variant.name: other for variant, other in module.equal_compute(result().variants)}
+    assert {name: other and other.name for name, other in best.items()} == {
         "iva1-tpa1": "iva0-tpa1", "iva0-tpa1": "iva1-tpa1", "iva1-tpa0": "iva0-tpa0", "iva0-tpa0": "iva1-tpa0",
     }  # fmt: skip
     *_, (_, _, _, rows) = report._tables(result(), 0.95)
-    shown = {row[0]: row[-1] for row in rows}
-    assert (shown["iva1-tpa1"], shown["iva0-tpa0"]) == ("+3.00", "\N{MINUS SIGN}2.00")
+    column = {row[0]: row[-1] for row in rows}
+    assert (column["iva1-tpa1"], column["iva0-tpa0"]) == ("+3.00", "\N{MINUS SIGN}2.00")
     cheapest = [v for v in result().variants if v.name == "iva0-tpa0"]
     assert module.equal_compute(cheapest) == [(cheapest[0], None)]
 
 
 def test_a_missing_cell_is_named_and_the_rest_is_compared() -> None:
-    found = result(RUNS[:-1])
-    assert found.missing == ["iva1-tpa1-seed3"]
-    assert "Missing: iva1-tpa1-seed3." in report.standing(found)
-    assert next(t for t in found.tests[BASELINES] if t.variant == "iva1-tpa1").difference.n == 2
+    comparison = result(RUNS[:-1])
+    assert comparison.missing == ["iva1-tpa1-seed3"]
+    assert "Missing: iva1-tpa1-seed3." in report.standing(comparison)
+    assert next(t for t in comparison.tests[BASELINES] if t.variant == "iva1-tpa1").difference.n == 2
 
 
 def test_the_latest_run_of_a_cell_counts() -> None:
-    newer = run("0.0", "0.0", 1, 0.9, made=5)
-    found = result([newer, *RUNS])
-    assert newer in found.runs and len(found.runs) == len(CELLS)
-    assert found.superseded == 1
+    newer = run("0.0", "0.0", 1, 0.9, started=5)
+    comparison = result([newer, *RUNS])
+    assert newer in comparison.runs and len(comparison.runs) == len(CELLS)
+    assert comparison.superseded == 1
 
 
 def test_one_seed_gives_no_interval_and_no_p() -> None:
-    found = result([r for r in RUNS if r.seed == "1"])
-    assert all(v.score.interval is None for v in found.variants)
-    assert all(t.p_value is None and t.p_holm is None for t in found.tests[BASELINES])
+    comparison = result([r for r in RUNS if r.seed == "1"])
+    assert all(v.score.interval is None for v in comparison.variants)
+    assert all(t.p_value is None and t.p_holm is None for t in comparison.tests[BASELINES])
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "said"),
+    ("fingerprint", "message"),
     [
         ("null", r"how iva0-tpa0-seed1 was measured is not known"),
         (json.dumps({"kit": "alignti", "dataset_hash": "other"}), r"measured differently.*dataset_hash: abc and other"),
     ],
 )
-def test_scores_that_were_not_measured_alike_are_refused(fingerprint: str, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_scores_that_were_not_measured_alike_are_refused(fingerprint: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         result([run("0.0", "0.0", 1, 0.5, fingerprint), *RUNS[1:]])
 
 
@@ -176,11 +176,11 @@ def test_more_settings_than_parallel_coordinates_can_show_are_left_to_the_tables
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = result()
-    report.write(found, "few", 0.95)
-    folder = report.FOLDER / found.study
+    comparison = result()
+    report.write(comparison, "few", 0.95)
+    folder = report.FOLDER / comparison.study
     assert (folder / "runs.png").exists() and "runs.png" in (folder / "compare.md").read_text()
-    report.write(replace(found, factors=found.factors * plots.MAX_AXES), "many", 0.95)
+    report.write(replace(comparison, factors=comparison.factors * plots.MAX_AXES), "many", 0.95)
     assert not (folder / "runs.png").exists() and "runs.png" not in (folder / "compare.md").read_text()
 
 
@@ -190,9 +190,9 @@ def test_where_nothing_was_learnt_none_is_the_best() -> None:
     assert "the best is iva1-tpa1" in report.standing(result())
 
 
-@pytest.mark.parametrize(("hours", "said"), [(0.0002, "0.72 s"), (0.01, "36 s"), (0.5, "30.0 min"), (3, "3.00 h")])
-def test_times_are_said_in_the_unit_that_suits_them(hours: float, said: str) -> None:
-    assert plots.duration(hours) == said
+@pytest.mark.parametrize(("hours", "text"), [(0.0002, "0.72 s"), (0.01, "36 s"), (0.5, "30.0 min"), (3, "3.00 h")])
+def test_times_are_said_in_the_unit_that_suits_them(hours: float, text: str) -> None:
+    assert plots.duration(hours) == text
 
 
 def test_a_thousand_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,11 +204,11 @@ def test_a_thousand_runs_are_compared(tmp_path: Path, monkeypatch: pytest.Monkey
         module.read(mlflow, "other", "terms")
     cells = _fill(tmp_path / "mlflow.db", experiment, seeds=10)
     runs = module.read(mlflow, "align-ti", "terms")
-    asked = {"all": Family(variants=[run.variant for run in runs[::10]], against=["iva0-tpa0-draws1"])}
-    found = compare("terms", runs, cells, asked, 0.95)
-    report.write(found, "a thousand", 0.95)
-    assert len(found.runs) == 1000 and not found.missing
-    assert len(found.tests["all"]) == 99
+    families = {"all": Family(variants=[run.variant for run in runs[::10]], against=["iva0-tpa0-draws1"])}
+    comparison = compare("terms", runs, cells, families, 0.95)
+    report.write(comparison, "a thousand", 0.95)
+    assert len(comparison.runs) == 1000 and not comparison.missing
+    assert len(comparison.tests["all"]) == 99
 
 
 def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
@@ -228,7 +228,7 @@ def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
                 " artifact_uri) values (?, ?, 'me', 'FINISHED', ?, ?, 'active', ?, '')",
                 (key, cell, len(cells), len(cells), experiment),
             )
-            tags = {"stage": "cell", "study": "terms", "cell": cell, "variant": variant, "eval.fingerprint": KNOWN}
+            tags = {"stage": "cell", "study": "terms", "cell": cell, "variant": variant, "eval.fingerprint": FINGERPRINT}
             params = {"weights.iva": iva, "weights.tpa": tpa, "tpa.draws": draws, "seed": seed}
             metrics = {SCORE: 0.5 + 0.02 * tpa + dice.gauss(0, 0.01), HOURS: 0.1 * draws + 0.01 * seed, MEMORY: 900.0 + draws}
             metrics |= {f"{SCORE}/kind{k}": dice.random() for k in range(9)}
@@ -255,9 +255,9 @@ def test_arms_that_only_a_journal_holds_are_sent_first(tmp_path: Path, monkeypat
 def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
     with pytest.raises(InputError, match="tracking_uri is journal"):
         module.load_runs("journal", "x", "terms")
-    with pytest.raises(TryAgainError, match="does not answer") as said:
+    with pytest.raises(TryAgainError, match="does not answer") as error:
         module.load_runs("http://me:secret@127.0.0.1:9", "x", "terms")
-    assert "secret" not in str(said.value)
+    assert "secret" not in str(error.value)
 
 
 def test_a_database_of_an_older_mlflow_is_told_with_the_remedy(tmp_path: Path) -> None:
@@ -274,5 +274,5 @@ def test_levels_that_are_numbers_stand_in_their_order() -> None:
     runs = [
         replace(r, params={**r.params, "weights.iva": level}) for r, level in zip(RUNS, ["1.0", "0.3", "none"] * 4, strict=True)
     ]
-    found = result(runs)
-    assert [label for _, label in plots._positions(found, "weights.iva")[1]] == ["0.3", "1.0", "none"]
+    comparison = result(runs)
+    assert [label for _, label in plots._positions(comparison, "weights.iva")[1]] == ["0.3", "1.0", "none"]

@@ -81,14 +81,14 @@ def test_expanding_writes_arms_and_baselines_and_says_so(root: Path) -> None:
 
 def test_an_added_value_leaves_the_arms_that_were_there_as_they_were(root: Path) -> None:
     write(root)
-    before = {cell.name: cell.arm for cell in expand.cells("mine", root)}
+    original = {cell.name: cell.arm for cell in expand.cells("mine", root)}
     write(root, grid={"tpa.draws": [1, 2, 4], "seed": [1, 2, 3]})
-    after = {cell.name: cell.arm for cell in expand.cells("mine", root)}
-    assert before.items() <= after.items()
+    extended = {cell.name: cell.arm for cell in expand.cells("mine", root)}
+    assert original.items() <= extended.items()
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"grid": {"weights.tpaa": [1.0]}}, "weights.tpaa"),
         ({"grid": {"weights.tpa": [-1.0], "seed": [1]}, "baselines": []}, "weights.tpa: Input should be greater than or equal"),
@@ -101,12 +101,12 @@ def test_an_added_value_leaves_the_arms_that_were_there_as_they_were(root: Path)
         ({"base": STUDY["base"] | {"student": "nobody"}}, "'nobody' is none of the students"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_is_written(root: Path, changes: dict[str, Any], said: str) -> None:
-    before = (root / "params/study.yaml").read_bytes()
+def test_what_is_wrong_is_said_and_nothing_is_written(root: Path, changes: dict[str, Any], message: str) -> None:
+    original = (root / "params/study.yaml").read_bytes()
     write(root, **changes)
-    with pytest.raises(SettingsError, match=said.replace(".", r"\.")):
+    with pytest.raises(SettingsError, match=message.replace(".", r"\.")):
         expand.expand("mine", root)
-    assert (root / "params/study.yaml").read_bytes() == before
+    assert (root / "params/study.yaml").read_bytes() == original
 
 
 def test_an_unknown_study_is_told_with_those_there_are(root: Path) -> None:
@@ -129,10 +129,10 @@ def test_a_budget_gives_each_cell_the_steps_that_cost_what_the_baseline_does(roo
         total = 9 * seconds if median else seconds
         cost = Cost(train_seconds=total, step_seconds=median, peak_memory_mib=1.0, device="cpu", steps=steps)
         cost.write(root / f"artifacts/students/{cell.name}/cost.json")
-    found = {cell.name: cell for cell in expand.cells("mine", root)}
-    assert [*found.values()][: len(equal)] == equal and len(found) == 3 * len(equal) - 4, "the baseline is not run again"
-    assert [found[f"{name}-seconds-seed2"].arm.steps for name in ("ours", "sft", "short")] == [200, 800, 400]
-    counted = {name: found[f"{name}-operations-seed1"].arm.steps or 0 for name in ("ours", "sft", "short")}
+    by_name = {cell.name: cell for cell in expand.cells("mine", root)}
+    assert [*by_name.values()][: len(equal)] == equal and len(by_name) == 3 * len(equal) - 4, "the baseline is not run again"
+    assert [by_name[f"{name}-seconds-seed2"].arm.steps for name in ("ours", "sft", "short")] == [200, 800, 400]
+    counted = {name: by_name[f"{name}-operations-seed1"].arm.steps or 0 for name in ("ours", "sft", "short")}
     assert counted["ours"] < counted["short"] == 400 < counted["sft"]
     expand.expand("mine", root)
     assert load_settings(root).arm("ours-operations-seed1").steps == counted["ours"]

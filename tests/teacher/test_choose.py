@@ -100,8 +100,8 @@ def test_each_limit_is_checked_and_named(limit: dict[str, float], message: str) 
 
 
 def test_a_figure_equal_to_its_limit_is_within() -> None:
-    at = limits(min_exact_match=0.4, max_parameters=12345, max_seconds_per_1000=3.0, max_memory_mib=30.0)
-    assert limits_broken(candidate("base", 0.4, 12345, 3.0, 30.0), at) == []
+    exact_limits = limits(min_exact_match=0.4, max_parameters=12345, max_seconds_per_1000=3.0, max_memory_mib=30.0)
+    assert limits_broken(candidate("base", 0.4, 12345, 3.0, 30.0), exact_limits) == []
 
 
 def test_when_none_qualifies_each_candidate_and_each_limit_is_listed() -> None:
@@ -123,7 +123,9 @@ SETTINGS = st.builds(
     tie_margin=st.integers(0, 10).map(lambda n: n / 20),
 )
 FIGURES = st.tuples(st.integers(0, 20).map(lambda n: n / 20), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
-CANDIDATES = st.lists(FIGURES, min_size=1, max_size=6).map(lambda found: [candidate(f"c{i}", *f) for i, f in enumerate(found)])
+CANDIDATES = st.lists(FIGURES, min_size=1, max_size=6).map(
+    lambda figures: [candidate(f"c{i}", *f) for i, f in enumerate(figures)]
+)
 
 
 @given(CANDIDATES, SETTINGS)

@@ -28,9 +28,9 @@ KINDS = st.lists(st.sampled_from(["exist", "list", "count"]), min_size=1, max_si
 def test_the_choice_is_as_even_over_the_kinds_as_they_allow(kinds: list[str], size: int, seed: int) -> None:
     rows = balanced(range(len(kinds)), kinds, size, seed)
     assert rows == sorted(set(rows)) and len(rows) == min(size, len(kinds))
-    taken, there = Counter(kinds[row] for row in rows), Counter(kinds)
+    taken, available = Counter(kinds[row] for row in rows), Counter(kinds)
     most = max(taken.values())
-    assert all(taken[kind] >= min(there[kind], most - 1) for kind in there)
+    assert all(taken[kind] >= min(available[kind], most - 1) for kind in available)
 
 
 @given(KINDS, st.integers(1, 50), st.integers(0, 3))
@@ -47,8 +47,8 @@ def test_seeds_choose_differently_and_only_from_the_rows_given() -> None:
 
 @pytest.fixture
 def settings(workplace: Path) -> Settings:
-    found = load_settings()
-    return found.model_copy(update={"evaluate": found.evaluate.model_copy(update={"batch_size": 7})})
+    loaded = load_settings()
+    return loaded.model_copy(update={"evaluate": loaded.evaluate.model_copy(update={"batch_size": 7})})
 
 
 def test_a_candidate_has_no_irs_where_no_image_has_two_instructions_and_no_arm_asks(
@@ -66,8 +66,8 @@ def test_a_candidate_has_no_irs_where_no_image_has_two_instructions_and_no_arm_a
     asking_nothing = settings.model_copy(update={"study": settings.study.model_copy(update={"arms": arms})})
     candidate = measure(record, samples, questions(samples), asking_nothing, torch.device("cpu"))
     assert candidate.irs is None and candidate.irs_layer is None
-    found = TeacherReport(chosen="small", reason="", candidates=[candidate])
-    assert "| IRS of its best layer | none |" in table(found, settings.teacher, 4)
+    report = TeacherReport(chosen="small", reason="", candidates=[candidate])
+    assert "| IRS of its best layer | none |" in table(report, settings.teacher, 4)
 
 
 def test_a_candidate_is_measured(settings: Settings) -> None:

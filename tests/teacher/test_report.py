@@ -80,8 +80,8 @@ def test_the_plot_names_every_candidate_and_marks_the_chosen_one(report: Teacher
 
 def test_the_plot_without_a_limit_has_no_line_for_it(report: TeacherReport, limits: TeacherSettings) -> None:
     free = limits.model_copy(update={"min_exact_match": None})
-    said = [text.get_text() for axes in quality_cost(report, free, 400, LIGHT).axes for text in axes.texts]
-    assert "min_exact_match" not in said and "max_parameters" in said
+    labels = [text.get_text() for axes in quality_cost(report, free, 400, LIGHT).axes for text in axes.texts]
+    assert "min_exact_match" not in labels and "max_parameters" in labels
     assert "min_exact_match" not in table(report, free, samples=400).split("Limits:")[1].split("\n")[0]
 
 
