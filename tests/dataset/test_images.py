@@ -87,8 +87,8 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
 
 def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path: Path) -> None:
     grey = (np.arange(600, dtype=np.uint16) * 100).reshape(20, 30)
-    found = decoded(load(saved(tmp_path / "a.png", Image.fromarray(grey)), LIMITS))
-    assert np.array_equal(found, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    pixels = decoded(load(saved(tmp_path / "a.png", Image.fromarray(grey)), LIMITS))
+    assert np.array_equal(pixels, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_a_decompression_bomb_is_never_decoded(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_picture_at_the_limit_passes_and_the_limit_is_put_back(tmp_path: Path) -> None:
-    before = Image.MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS
     assert load(saved(tmp_path / "a.png", Image.new("RGB", (100, 100))), LIMITS)
-    assert before == Image.MAX_IMAGE_PIXELS
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_a_file_too_large_is_not_even_read(tmp_path: Path) -> None:

@@ -27,16 +27,16 @@ from tests.dataset.conftest import HERE
 LIMITS = DataLimits(max_pixels=1_000_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
 
 
-def ask_for(annotations: Path, images: Path, **changes: Any) -> DataSettings:
+def settings_for(annotations: Path, images: Path, **changes: Any) -> DataSettings:
     folder = LlavaFolder(annotations=annotations, images=images, val=0.25, test=0.25)
-    asked = DataSettings(source="llava", seed=1, images_per_shard=4, limits=LIMITS, digits=None, llava=folder, mixture=None)
-    return asked.model_copy(update=changes)
+    data = DataSettings(source="llava", seed=1, images_per_shard=4, limits=LIMITS, digits=None, llava=folder, mixture=None)
+    return data.model_copy(update=changes)
 
 
-def write_only(asked: DataSettings, folder: Path) -> Manifest:
+def write_only(data: DataSettings, folder: Path) -> Manifest:
     """`prepare` without the card, which takes most of its time on so few rows."""
     shutil.rmtree(folder, ignore_errors=True)
-    return write(source(asked, folder / "index.sqlite"), asked, folder)
+    return write(source(data, folder / "index.sqlite"), data, folder)
 
 
 def stored(folder: Path) -> list[Sample]:
@@ -53,19 +53,19 @@ def quarantine(folder: Path) -> list[Refused]:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     folder = tmp_path_factory.mktemp("llava") / "dataset"
-    return folder, prepare(ask_for(HERE / "llava" / "annotations.json", HERE / "llava" / "images"), target=folder)
+    return folder, prepare(settings_for(HERE / "llava" / "annotations.json", HERE / "llava" / "images"), target=folder)
 
 
 def test_every_row_of_a_good_set_is_stored(good: tuple[Path, Manifest]) -> None:
     folder, manifest = good
     rows = json.loads((HERE / "llava" / "annotations.json").read_text())
     assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (len(rows), len(rows), 0)
-    found = {sample.id: sample for sample in stored(folder)}
-    assert set(found) == {str(row["id"]) for row in rows}
+    by_id = {sample.id: sample for sample in stored(folder)}
+    assert set(by_id) == {str(row["id"]) for row in rows}
     for row in rows:
-        sample = found[str(row["id"])]
-        said = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
-        assert [text for turn in sample.turns for text in (turn.question.removeprefix("<image>\n"), turn.answer)] == said
+        sample = by_id[str(row["id"])]
+        texts = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+        assert [text for turn in sample.turns for text in (turn.question.removeprefix("<image>\n"), turn.answer)] == texts
         if row.get("image"):
             assert sample.image == (HERE / "llava" / "images" / row["image"]).read_bytes()
             assert sample.image_id == row["image"]
@@ -174,7 +174,7 @@ def test_a_bad_row_is_quarantined_with_its_reason_and_the_rest_goes_on(
 ) -> None:
     annotations = tmp_path / "rows.jsonl"
     annotations.write_text("".join(json.dumps(r) + "\n" for r in [*GOOD_ROWS[:20], bad, *GOOD_ROWS[20:]]))
-    manifest = write_only(ask_for(annotations, images), tmp_path / "dataset")
+    manifest = write_only(settings_for(annotations, images), tmp_path / "dataset")
     (refused,) = quarantine(tmp_path / "dataset")
     assert (refused.row, refused.reason) == (21, reason)
     assert refused.detail
@@ -188,7 +188,7 @@ def test_a_line_that_is_no_json_is_quarantined(images: Path, tmp_path: Path, lin
     annotations = tmp_path / "rows.jsonl"
     lines = [json.dumps(good).encode() for good in GOOD_ROWS]
     annotations.write_bytes(b"\xef\xbb\xbf" + b"\n".join([*lines, b"", line]) + b"\n")
-    manifest = write_only(ask_for(annotations, images), tmp_path / "dataset")
+    manifest = write_only(settings_for(annotations, images), tmp_path / "dataset")
     (refused,) = quarantine(tmp_path / "dataset")
     assert (refused.row, refused.reason, refused.id) == (26, "malformed_json", "26")
     assert (manifest.rows_in, manifest.rows_out) == (25, 24)
@@ -198,9 +198,9 @@ def test_all_rows_about_a_bad_image_are_quarantined_in_their_order(images: Path,
     annotations = tmp_path / "rows.json"
     bad = [row("bad-0", "zero.png"), row("bad-1", "/etc/passwd"), row("bad-2", "zero.png")]
     annotations.write_text(json.dumps([bad[0], *GOOD_ROWS, *bad[1:]]))
-    prepare(ask_for(annotations, images), target=tmp_path / "dataset")
-    found = [(refused.row, refused.id, refused.reason) for refused in quarantine(tmp_path / "dataset")]
-    assert found == [(1, "bad-0", "zero_bytes"), (26, "bad-1", "image_path"), (27, "bad-2", "zero_bytes")]
+    prepare(settings_for(annotations, images), target=tmp_path / "dataset")
+    refusals = [(refused.row, refused.id, refused.reason) for refused in quarantine(tmp_path / "dataset")]
+    assert refusals == [(1, "bad-0", "zero_bytes"), (26, "bad-1", "image_path"), (27, "bad-2", "zero_bytes")]
 
 
 def test_links_that_the_user_put_into_the_folder_are_followed(images: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_links_that_the_user_put_into_the_folder_are_followed(images: Path, tmp_
     (folder / "elsewhere").symlink_to(images)
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps([row(good["id"], f"elsewhere/{good['image']}") for good in GOOD_ROWS]))
-    assert prepare(ask_for(annotations, folder), target=tmp_path / "dataset").quarantined == 0
+    assert prepare(settings_for(annotations, folder), target=tmp_path / "dataset").quarantined == 0
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
@@ -218,12 +218,12 @@ def test_what_ends_a_line_for_some_ends_no_row(images: Path, tmp_path: Path, end
     annotations = tmp_path / "rows.json"
     bad = row(f"a{end}b", f"no{end}where.png")
     annotations.write_text(json.dumps([*GOOD_ROWS, row(f"c{end}d", "0.png", answer=f"red{end}green"), bad]))
-    manifest = write_only(ask_for(annotations, images), tmp_path / "dataset")
+    manifest = write_only(settings_for(annotations, images), tmp_path / "dataset")
     assert (manifest.rows_out, manifest.quarantined) == (25, 1)
     (refused,) = quarantine(tmp_path / "dataset")
     assert refused.id == bad["id"] and end in refused.detail
-    (kept,) = (sample for sample in stored(tmp_path / "dataset") if sample.id == f"c{end}d")
-    assert kept.turns[0].answer == f"red{end}green"
+    (matching,) = (sample for sample in stored(tmp_path / "dataset") if sample.id == f"c{end}d")
+    assert matching.turns[0].answer == f"red{end}green"
 
 
 # --- too many, or nothing ---------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_past_the_ratio_the_stage_stops_and_leaves_the_list(
     )
     limits = LIMITS.model_copy(update={"max_bad_ratio": 0.1})
     with pytest.raises(DataError, match=r"3 of 27 rows are bad.*2 missing_file, 1 empty_answer") as stop:
-        prepare(ask_for(annotations, images, limits=limits), target=tmp_path / "artifacts" / "dataset")
+        prepare(settings_for(annotations, images, limits=limits), target=tmp_path / "artifacts" / "dataset")
     assert stop.value.exit_code == 2
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path != annotations]
     assert [path.relative_to(tmp_path) for path in left] == [Path(".runs/prepare/quarantine.jsonl")]
@@ -247,7 +247,8 @@ def test_past_the_ratio_the_stage_stops_and_leaves_the_list(
     assert len(left[0].read_text().splitlines()) == 3
     at_the_ratio = LIMITS.model_copy(update={"max_bad_ratio": 3 / 27})
     assert (
-        prepare(ask_for(annotations, images, limits=at_the_ratio), target=tmp_path / "artifacts" / "dataset").quarantined == 3
+        prepare(settings_for(annotations, images, limits=at_the_ratio), target=tmp_path / "artifacts" / "dataset").quarantined
+        == 3
     )
 
 
@@ -266,13 +267,13 @@ def test_annotations_that_are_no_data_set_are_an_error(images: Path, tmp_path: P
     if content is not None:
         annotations.write_text(content)
     with pytest.raises(DataError, match=message):
-        prepare(ask_for(annotations, images), target=tmp_path / "dataset")
+        prepare(settings_for(annotations, images), target=tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()
 
 
 def test_an_image_folder_that_is_not_there_is_an_error_not_a_quarantine(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder"):
-        prepare(ask_for(HERE / "llava" / "annotations.json", tmp_path / "nowhere"), target=tmp_path / "dataset")
+        prepare(settings_for(HERE / "llava" / "annotations.json", tmp_path / "nowhere"), target=tmp_path / "dataset")
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_copies_of_a_picture_under_other_names_never_cross_splits(images: Path, 
         rows += [row(f"{name}", name) for name in (f"{number}.png", f"copy-{number}.bmp", f"other-{number}.webp")]
     annotations = tmp_path / "rows.json"
     annotations.write_text(json.dumps(rows))
-    manifest = prepare(ask_for(annotations, folder), target=tmp_path / "dataset")
+    manifest = prepare(settings_for(annotations, folder), target=tmp_path / "dataset")
     lines = (tmp_path / "dataset" / "provenance.jsonl").read_text().splitlines()
     origins = [Provenance.model_validate_json(line) for line in lines]
     assert {str(origin.file) for origin in origins} == {path.name for path in folder.iterdir()}
@@ -304,12 +305,12 @@ def test_copies_of_a_picture_under_other_names_never_cross_splits(images: Path, 
 
 def test_shares_are_kept_and_the_seed_changes_who_goes_where() -> None:
     folder = LlavaFolder(annotations=Path("a"), images=Path("b"), val=0.1, test=0.2)
-    found = [assign(str(number), 1, folder) for number in range(4000)]
-    counts = Counter(found)
+    splits = [assign(str(number), 1, folder) for number in range(4000)]
+    counts = Counter(splits)
     assert counts["val"] == pytest.approx(400, abs=80)
     assert counts["test"] == pytest.approx(800, abs=110)
-    assert found == [assign(str(number), 1, folder) for number in range(4000)]
-    assert found != [assign(str(number), 2, folder) for number in range(4000)]
+    assert splits == [assign(str(number), 1, folder) for number in range(4000)]
+    assert splits != [assign(str(number), 2, folder) for number in range(4000)]
 
 
 # --- nothing is lost --------------------------------------------------------------------------------------------------
@@ -344,17 +345,17 @@ PLAUSIBLE = st.fixed_dictionaries(
 def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows: list[Any], as_lines: bool) -> None:
     annotations, target = tmp_path / "rows", tmp_path / "dataset"
     everything = [*GOOD_ROWS, *rows]
-    text = "".join(json.dumps(one) + "\n" for one in everything) if as_lines else json.dumps(everything)
+    text = "".join(json.dumps(raw) + "\n" for raw in everything) if as_lines else json.dumps(everything)
     annotations.write_text(text)
-    manifest = write_only(ask_for(annotations, images), target)
+    manifest = write_only(settings_for(annotations, images), target)
     refused = quarantine(target)
     samples = stored(target)
     assert manifest.rows_in == len(everything) == manifest.rows_out + manifest.quarantined
     assert len(samples) == manifest.rows_out
     assert len(refused) == manifest.quarantined
     assert len({sample.id for sample in samples}) == len(samples)
-    known = {str(one["id"]) for one in everything if isinstance(one, dict) and "id" in one} | {str(n + 1) for n in range(30)}
-    assert {sample.id.partition("#")[0] for sample in samples} <= {id_.partition("#")[0] for id_ in known}
+    ids = {str(raw["id"]) for raw in everything if isinstance(raw, dict) and "id" in raw} | {str(n + 1) for n in range(30)}
+    assert {sample.id.partition("#")[0] for sample in samples} <= {id_.partition("#")[0] for id_ in ids}
     for sample in samples:
         assert [t.question.count("<image>") for t in sample.turns] == [int(sample.image is not None)] + [0] * (
             len(sample.turns) - 1
@@ -363,39 +364,39 @@ def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows
 
 
 def test_a_good_row_is_understood() -> None:
-    found = understand(7, row("x", "./sub//a.png", "<image> What?", kind="colour"), LIMITS)
-    assert found == (7, "x", "colour", ("sub/a.png",), ((Turn("<image>\nWhat?", "That."),),), {}, ())
+    parsed = understand(7, row("x", "./sub//a.png", "<image> What?", kind="colour"), LIMITS)
+    assert parsed == (7, "x", "colour", ("sub/a.png",), ((Turn("<image>\nWhat?", "That."),),), {}, ())
 
 
 BOXES = [[0, 0.25, 0.5, 1], [0.1, 0.2, 0.3, 0.4]]
 
 
-def with_boxes(one: dict[str, Any], boxes: Any) -> dict[str, Any]:
-    human, *rest = one["conversations"]
-    return one | {"conversations": [human | {"boxes": boxes}, *rest]}
+def with_boxes(raw: dict[str, Any], boxes: Any) -> dict[str, Any]:
+    human, *rest = raw["conversations"]
+    return raw | {"conversations": [human | {"boxes": boxes}, *rest]}
 
 
 def test_boxes_come_back_with_their_question_and_leave_other_data_sets_alone(images: Path, tmp_path: Path) -> None:
     annotations, target = tmp_path / "rows.json", tmp_path / "dataset"
     annotations.write_text(json.dumps(GOOD_ROWS))
-    before = write_only(ask_for(annotations, images), target)
+    plain_manifest = write_only(settings_for(annotations, images), target)
     assert {open_shard(path).schema for path in target.glob("*/*.arrow")} == {schema(boxes=False)}
     plain = stored(target)
     first = GOOD_ROWS[0]
-    boxed = [with_boxes(one, BOXES) if one is first else one for one in GOOD_ROWS]
+    boxed = [with_boxes(raw, BOXES) if raw is first else raw for raw in GOOD_ROWS]
     annotations.write_text(json.dumps(boxed))
-    after = write_only(ask_for(annotations, images), target)
-    assert after.digest != before.digest
-    found = {sample.id: sample for sample in stored(target)}
-    turns = found.pop(str(first["id"])).turns
+    boxed_manifest = write_only(settings_for(annotations, images), target)
+    assert boxed_manifest.digest != plain_manifest.digest
+    by_id = {sample.id: sample for sample in stored(target)}
+    turns = by_id.pop(str(first["id"])).turns
     assert turns[0].boxes == tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in BOXES)
-    assert all(found[sample.id] == sample for sample in plain if sample.id in found)
-    annotations.write_text(json.dumps([with_boxes(one, None) for one in GOOD_ROWS]))
-    assert write_only(ask_for(annotations, images), target).digest == before.digest
+    assert all(by_id[sample.id] == sample for sample in plain if sample.id in by_id)
+    annotations.write_text(json.dumps([with_boxes(raw, None) for raw in GOOD_ROWS]))
+    assert write_only(settings_for(annotations, images), target).digest == plain_manifest.digest
 
 
 @pytest.mark.parametrize(
-    ("boxes", "said"),
+    ("boxes", "message"),
     [
         ("all of it", "a list of"),
         ([[0, 0, 1]], "a list of"),
@@ -405,8 +406,8 @@ def test_boxes_come_back_with_their_question_and_leave_other_data_sets_alone(ima
         ([[0, 0, float("nan"), 1]], "shares of the image's width and height"),
     ],
 )
-def test_boxes_that_are_none_are_refused(boxes: Any, said: str) -> None:
-    with pytest.raises(Refusal, match=said) as refusal:
+def test_boxes_that_are_none_are_refused(boxes: Any, message: str) -> None:
+    with pytest.raises(Refusal, match=message) as refusal:
         understand(1, with_boxes(row("x", "a.png", "What?\n<image>"), boxes), LIMITS)
     assert refusal.value.reason == "boxes"
 
@@ -433,5 +434,5 @@ def test_images_are_streamed(images: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Store, "image", watched("read", Store.image))
     monkeypatch.setattr(SplitWriter, "add", watched("stored", SplitWriter.add))
-    prepare(ask_for(annotations, images), target=tmp_path / "dataset")
+    prepare(settings_for(annotations, images), target=tmp_path / "dataset")
     assert events == ["read", "stored"] * len(GOOD_ROWS)

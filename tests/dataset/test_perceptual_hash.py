@@ -23,8 +23,8 @@ def recoded(image: Image.Image, quality: int = 60) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def differ(one: Image.Image, other: Image.Image) -> int:
-    return (dhash(one) ^ dhash(other)).bit_count()
+def differ(first: Image.Image, second: Image.Image) -> int:
+    return (dhash(first) ^ dhash(second)).bit_count()
 
 
 def test_the_look_survives_a_small_change_and_tells_pictures_apart() -> None:
@@ -46,7 +46,7 @@ def test_the_search_finds_what_comparing_all_with_all_does(
     among: list[int], changed: list[tuple[int, set[int]]], strangers: list[int]
 ) -> None:
     looks = [among[which % len(among)] ^ sum(1 << bit for bit in bits) for which, bits in changed if among] + strangers
-    found, bits = nearest(np.array(looks, dtype=np.uint64), np.array(among, dtype=np.uint64))
-    for look, index, distance in zip(looks, found, bits, strict=True):
-        least = min(((look ^ other).bit_count(), place) for place, other in enumerate(among)) if among else (65, -1)
+    indices, bits = nearest(np.array(looks, dtype=np.uint64), np.array(among, dtype=np.uint64))
+    for look, index, distance in zip(looks, indices, bits, strict=True):
+        least = min(((look ^ other).bit_count(), position) for position, other in enumerate(among)) if among else (65, -1)
         assert (distance, index) == (least if least[0] <= NEAR else (NEAR + 1, -1))

@@ -42,7 +42,7 @@ def test_everything_is_there_and_nothing_else(prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize(
-    ("linked", "images", "said"),
+    ("linked", "images", "message"),
     [
         (None, "data/mine/images", ""),
         ("data/mine/images", "data/mine/images", "data.llava.images: data/mine/images is a link to {away}: DVC neither"),
@@ -53,7 +53,7 @@ def test_everything_is_there_and_nothing_else(prepared: Prepared) -> None:
     ],
 )
 def test_images_that_dvc_does_not_see_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: str | None, images: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: str | None, images: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "away/images").mkdir(parents=True)
@@ -63,8 +63,8 @@ def test_images_that_dvc_does_not_see_are_told(
     shipped = load_settings(REPOSITORY)
     llava = LlavaFolder(annotations=Path("data/rows.json"), images=Path(images), val=0.1, test=0.1)
     data = shipped.data.model_copy(update={"source": "llava", "llava": llava})
-    told = list(unseen_by_dvc(shipped.model_copy(update={"data": data})))
-    assert [said.format(away=tmp_path / "away") in line for line in told] == [True] * bool(said)
+    warnings = list(unseen_by_dvc(shipped.model_copy(update={"data": data})))
+    assert [message.format(away=tmp_path / "away") in line for line in warnings] == [True] * bool(message)
 
 
 def test_the_card_has_counts_licence_hash_and_examples(prepared: Prepared) -> None:

@@ -114,8 +114,8 @@ KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def ask_for(sources: dict[str, dict[str, Any]], **changes: Any) -> DataSettings:
-    members = {name: MixtureSource(**{"weight": 1.0, "licence": "CC0", **one}) for name, one in sources.items()}
+def settings_for(sources: dict[str, dict[str, Any]], **changes: Any) -> DataSettings:
+    members = {name: MixtureSource(**{"weight": 1.0, "licence": "CC0", **options}) for name, options in sources.items()}
     mixture = {"val": 0.2, "test": 0.2, "near_duplicates": "report", "evaluation_images": [], "sources": members, **changes}
     return DataSettings(
         source="mixture", seed=1, images_per_shard=7, limits=LIMITS, digits=None, llava=None, mixture=Mixture(**mixture)
@@ -132,11 +132,11 @@ def quarantine(folder: Path) -> list[Refused]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_samples_come_from_every_kind_of_store(kind: str, tmp_path: Path) -> None:
-    asked = ask_for({"mine": KINDS[kind](tmp_path)})
-    manifest = write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
+    data = settings_for({"mine": KINDS[kind](tmp_path)})
+    manifest = write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
     assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (PICTURES, PICTURES, 0)
-    found = {(s.turns[0].question, s.turns[0].answer, s.image) for s in stored(tmp_path / "out")}
-    assert found == {("<image>\nWhat?", f"Number {n}.", picture(n)) for n in range(PICTURES)}
+    contents = {(s.turns[0].question, s.turns[0].answer, s.image) for s in stored(tmp_path / "out")}
+    assert contents == {("<image>\nWhat?", f"Number {n}.", picture(n)) for n in range(PICTURES)}
     assert all(s.id.startswith("mine/") and s.image_id.startswith("mine/") for s in stored(tmp_path / "out"))
     if kind != "cauldron":
         assert {s.id for s in stored(tmp_path / "out")} == {f"mine/{n}" for n in range(PICTURES)}
@@ -148,12 +148,12 @@ def test_several_sources_keep_apart_and_say_where_what_is_from(tmp_path: Path) -
         (tmp_path / name).mkdir()
         sources[name] = KINDS[name](tmp_path / name) | {"weight": 2.5 if name == "folder" else 0.5, "licence": f"of {name}"}
     (tmp_path / "folder" / "images" / "in" / "5.png").write_bytes(b"")
-    manifest = prepare(ask_for(sources), target=tmp_path / "dataset", workers=1)
+    manifest = prepare(settings_for(sources), target=tmp_path / "dataset", workers=1)
     assert (manifest.rows_in, manifest.rows_out) == (2 * PICTURES, 2 * PICTURES - 1)
     (refused,) = quarantine(tmp_path / "dataset")
     assert (refused.source, refused.row, refused.id, refused.reason) == ("folder", 6, "5", "zero_bytes")
-    found = Sources.read(tmp_path / "dataset" / "sources.json").sources
-    assert {name: (one.weight, one.licence, one.rows) for name, one in found.items()} == {
+    recorded = Sources.read(tmp_path / "dataset" / "sources.json").sources
+    assert {name: (entry.weight, entry.licence, entry.rows) for name, entry in recorded.items()} == {
         "folder": (2.5, "of folder", PICTURES),
         "parquet": (0.5, "of parquet", PICTURES),
     }
@@ -167,19 +167,19 @@ def test_the_shipped_mixtures_are_valid_and_their_addresses_pinned(file: Path, m
     mixture = Mixture.model_validate(yaml.safe_load(file.read_text()))
     assert mixture.sources
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for one in mixture.sources.values():
-        if one.files.startswith(HUB):
+    for entry in mixture.sources.values():
+        if entry.files.startswith(HUB):
             with pytest.raises(TryAgainError):  # well-formed, and not here
-                store(one.files, one.images)
+                store(entry.files, entry.images)
 
 
 # --- looks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["report", "drop"])
-def test_training_images_that_look_like_evaluated_ones(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["report", "drop"])
+def test_training_images_that_look_like_evaluated_ones(policy: str, tmp_path: Path) -> None:
     """Every picture is there a second time, smaller: of a pair in different splits the one to train on is found."""
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     rows = llava_rows()
     for n in range(PICTURES):
         with Image.open(io.BytesIO(picture(n))) as image:
@@ -189,53 +189,53 @@ def test_training_images_that_look_like_evaluated_ones(what: str, tmp_path: Path
     benchmark = tmp_path / "benchmark"
     benchmark.mkdir()
     (benchmark / "x.png").write_bytes(picture(1))
-    asked = ask_for({"mine": asked_for}, near_duplicates=what, evaluation_images=[benchmark])
-    manifest = prepare(asked, target=tmp_path / "dataset", workers=1)
-    found = Overlap.read(tmp_path / "dataset" / "overlap.json")
+    data = settings_for({"mine": member}, near_duplicates=policy, evaluation_images=[benchmark])
+    manifest = prepare(data, target=tmp_path / "dataset", workers=1)
+    overlap = Overlap.read(tmp_path / "dataset" / "overlap.json")
     of_split = {split: {s.image_id for s in Samples(tmp_path / "dataset", split)} for split in SPLITS}
     held_out = of_split["val"] | of_split["test"]
     twins = {f"mine/in/{n}.png": f"mine/small-{n}.png" for n in range(PICTURES)}
     twins |= {small: large for large, small in twins.items()}
-    everywhere = set().union(*of_split.values()) | {pair.train for pair in found.pairs}
+    everywhere = set().union(*of_split.values()) | {pair.train for pair in overlap.pairs}
     expected = {image for image in everywhere - held_out if twins[image] in held_out}
     expected |= {image for image in ("mine/in/1.png", "mine/small-1.png") if image in everywhere - held_out}
-    assert expected and {pair.train for pair in found.pairs} == expected
-    assert found.near == len(expected) and found.compared["test"] and found.compared[str(benchmark)] == 1
-    assert sum(pair.verbatim for pair in found.pairs) == found.verbatim == sum(twins[i] in held_out for i in expected)
-    if what == "drop":
-        assert found.dropped and not of_split["train"] & expected
+    assert expected and {pair.train for pair in overlap.pairs} == expected
+    assert overlap.near == len(expected) and overlap.compared["test"] and overlap.compared[str(benchmark)] == 1
+    assert sum(pair.verbatim for pair in overlap.pairs) == overlap.verbatim == sum(twins[i] in held_out for i in expected)
+    if policy == "drop":
+        assert overlap.dropped and not of_split["train"] & expected
         assert {
-            f"mine/{'in/' if not one.id.startswith('small') else ''}{one.id}.png" for one in quarantine(tmp_path / "dataset")
+            f"mine/{'in/' if not bad.id.startswith('small') else ''}{bad.id}.png" for bad in quarantine(tmp_path / "dataset")
         } == expected
-        assert {one.reason for one in quarantine(tmp_path / "dataset")} == {"near_duplicate"}
+        assert {bad.reason for bad in quarantine(tmp_path / "dataset")} == {"near_duplicate"}
         assert manifest.rows_in == manifest.rows_out + len(expected)
         provenance = (tmp_path / "dataset" / "provenance.jsonl").read_text()
         assert len(provenance.splitlines()) == 2 * PICTURES - len(expected)
     else:
-        assert not found.dropped and expected <= of_split["train"] and not manifest.quarantined
+        assert not overlap.dropped and expected <= of_split["train"] and not manifest.quarantined
 
 
 def test_rows_that_share_a_picture_are_in_one_split_whatever_it_is_called(tmp_path: Path) -> None:
     """Chains of three pictures: rows show two each, the second by a copy's name; other rows show one."""
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     names = [f"in/{n}.png" for n in range(PICTURES)]
     for n in range(PICTURES):
         Image.open(tmp_path / "images" / names[n]).save(tmp_path / "images" / f"copy-{n}.bmp")
     pairs = [(n, n + 1) for n in range(PICTURES - 1) if n % 3 < 2]
     rows = llava_rows()
     for n, other in pairs:
-        said = [{"from": "human", "value": "Is <image>\nlike\n<image>?"}, {"from": "gpt", "value": f"{n} and {other}."}]
-        rows.append({"id": f"{n}-{other}", "images": [names[n], f"copy-{other}.bmp"], "conversations": said})
+        dialogue = [{"from": "human", "value": "Is <image>\nlike\n<image>?"}, {"from": "gpt", "value": f"{n} and {other}."}]
+        rows.append({"id": f"{n}-{other}", "images": [names[n], f"copy-{other}.bmp"], "conversations": dialogue})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    asked, split_of = ask_for({"mine": asked_for}, val=0.3, test=0.3), {}
+    data, split_of = settings_for({"mine": member}, val=0.3, test=0.3), {}
     for workers in (1, 2):
         folder = tmp_path / f"out-{workers}"
-        manifest = write(source(asked, folder / "index.sqlite", workers), asked, folder)
+        manifest = write(source(data, folder / "index.sqlite", workers), data, folder)
         assert manifest.rows_out == manifest.rows_in == len(rows)
-        found = {sample.id: (split, sample) for split in SPLITS for sample in Samples(folder, split)}
-        split_of = {name: split for name, (split, _) in found.items()}
+        by_id = {sample.id: (split, sample) for split in SPLITS for sample in Samples(folder, split)}
+        split_of = {name: split for name, (split, _) in by_id.items()}
         for n, other in pairs:
-            split, sample = found[f"mine/{n}-{other}"]
+            split, sample = by_id[f"mine/{n}-{other}"]
             assert split == split_of[f"mine/{n}"] == split_of[f"mine/{other}"] and sample.images[0] == picture(n)
             assert (sample.image_id, len(sample.images)) == (f"mine/{names[n]} + copy-{other}.bmp", 2)
             assert sample.turns[0].question == "Is <image>\nlike\n<image>?"
@@ -274,9 +274,9 @@ def test_odd_samples_of_a_webdataset_are_quarantined(tmp_path: Path) -> None:
     text = json.dumps({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}).encode()
     bad = {"a.png": picture(1), "b.json": b"{", "c.json": b"[]", "d.json": text, "d.png": b"", "d.jpg": b"", "e.json": text}
     tar_of(tmp_path / "x.tar", {**good, **bad})
-    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
-    assert [(one.row - PICTURES, one.reason) for one in quarantine(tmp_path / "out")] == [
+    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
+    assert [(refused.row - PICTURES, refused.reason) for refused in quarantine(tmp_path / "out")] == [
         (1, "missing_key"),
         (2, "malformed_json"),
         (3, "wrong_type"),
@@ -286,27 +286,27 @@ def test_odd_samples_of_a_webdataset_are_quarantined(tmp_path: Path) -> None:
 
 
 def test_odd_rows_of_parquet_are_quarantined(tmp_path: Path) -> None:
-    one = {"bytes": picture(1), "path": None}
+    image = {"bytes": picture(1), "path": None}
     columns = {
         "images": [[{"bytes": picture(n), "path": None}] for n in range(PICTURES)]
-        + [[one, one], [{"bytes": None, "path": "x"}], [], None],
+        + [[image, image], [{"bytes": None, "path": "x"}], [], None],
         "texts": [[{"user": "What?", "assistant": "That."}]] * (PICTURES + 4),
     }
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    asked = ask_for({"mine": {"files": str(tmp_path / "x.parquet"), "images": None}})
-    manifest = write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
-    assert [(one.row - PICTURES, one.reason) for one in quarantine(tmp_path / "out")] == [
+    data = settings_for({"mine": {"files": str(tmp_path / "x.parquet"), "images": None}})
+    manifest = write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
+    assert [(refused.row - PICTURES, refused.reason) for refused in quarantine(tmp_path / "out")] == [
         (2, "missing_file"),
     ]
     assert manifest.rows_out == PICTURES + 3  # two of text alone
 
 
 def test_a_member_that_no_tar_file_has_is_quarantined(tmp_path: Path) -> None:
-    asked_for = as_tars(tmp_path)
+    member = as_tars(tmp_path)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"id": "x", "image": "in/x.png", "conversations": conversations(1)}))
-    asked = ask_for({"mine": asked_for})
-    write(source(asked, tmp_path / "out" / "index.sqlite"), asked, tmp_path / "out")
+    data = settings_for({"mine": member})
+    write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (PICTURES + 1, "missing_file")
 
@@ -314,16 +314,16 @@ def test_a_member_that_no_tar_file_has_is_quarantined(tmp_path: Path) -> None:
 # --- a picture is found by its place ----------------------------------------------------------------------------------
 
 
-def shown_by_answer(folder: Path) -> dict[str, bytes | None]:
+def image_by_answer(folder: Path) -> dict[str, bytes | None]:
     return {sample.turns[0].answer: sample.image for sample in stored(folder)}
 
 
-def one_of(pictures: range, name: str = "{}") -> dict[str, bytes]:
+def tar_entries(pictures: range, name: str = "{}") -> dict[str, bytes]:
     """WebDataset samples `{n}` of the pictures; the answer says which picture it is."""
     entries = {}
-    for at, n in enumerate(pictures):
-        entries[f"{name.format(at)}.png"] = picture(n)
-        entries[f"{name.format(at)}.json"] = json.dumps({"conversations": conversations(n)}).encode()
+    for key, n in enumerate(pictures):
+        entries[f"{name.format(key)}.png"] = picture(n)
+        entries[f"{name.format(key)}.json"] = json.dumps({"conversations": conversations(n)}).encode()
     return entries
 
 
@@ -331,24 +331,29 @@ def one_of(pictures: range, name: str = "{}") -> dict[str, bytes]:
 def test_tars_of_one_name_in_two_folders_keep_their_pictures(with_ids: bool, tmp_path: Path) -> None:
     for folder, numbers in (("a", range(12)), ("b", range(12, 24))):
         (tmp_path / folder).mkdir()
-        entries = one_of(numbers)
+        entries = tar_entries(numbers)
         if with_ids:
             entries |= {
-                f"{at}.json": json.dumps({"id": n, "conversations": conversations(n)}).encode() for at, n in enumerate(numbers)
+                f"{key}.json": json.dumps({"id": n, "conversations": conversations(n)}).encode()
+                for key, n in enumerate(numbers)
             }
         tar_of(tmp_path / folder / "00000.tar", entries)
     manifest = prepare(
-        ask_for({"mine": {"files": str(tmp_path / "*/00000.tar"), "images": None}}), target=tmp_path / "dataset", workers=1
+        settings_for({"mine": {"files": str(tmp_path / "*/00000.tar"), "images": None}}), target=tmp_path / "dataset", workers=1
     )
     assert (manifest.rows_out, manifest.quarantined) == (24, 0)
-    assert shown_by_answer(tmp_path / "dataset") == {f"Number {n}.": picture(n) for n in range(24)}
+    assert image_by_answer(tmp_path / "dataset") == {f"Number {n}.": picture(n) for n in range(24)}
     assert len({sample.image_id for sample in stored(tmp_path / "dataset")}) == 24
 
 
 def test_a_member_name_in_two_tar_files_is_refused_and_both_are_named(tmp_path: Path) -> None:
-    asked_for = as_tars(tmp_path)
+    member = as_tars(tmp_path)
     tar_of(tmp_path / "9.tar", {"in/0.png": picture(99)})
-    write(source(ask_for({"mine": asked_for}), tmp_path / "i.sqlite"), ask_for({"mine": asked_for}), tmp_path / "out")
+    write(
+        source(settings_for({"mine": member}), tmp_path / "i.sqlite"),
+        settings_for({"mine": member}),
+        tmp_path / "out",
+    )
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (1, "ambiguous_name")
     assert "0.tar at byte 512" in refused.detail and "9.tar at byte 512" in refused.detail
@@ -356,46 +361,46 @@ def test_a_member_name_in_two_tar_files_is_refused_and_both_are_named(tmp_path: 
 
 @pytest.mark.parametrize("images", [5, True, 0.5, {"a": 1}, "other.png", ["a.png"], []])
 def test_whatever_a_row_says_of_images_its_picture_is_the_one_beside_it(images: Any, tmp_path: Path) -> None:
-    entries = one_of(range(20))
+    entries = tar_entries(range(20))
     entries["3.json"] = json.dumps({"images": images, "conversations": conversations(3)}).encode()
     tar_of(tmp_path / "x.tar", entries)
-    prepare(ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), target=tmp_path / "dataset", workers=1)
-    assert shown_by_answer(tmp_path / "dataset")["Number 3."] == picture(3)
+    prepare(settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), target=tmp_path / "dataset", workers=1)
+    assert image_by_answer(tmp_path / "dataset")["Number 3."] == picture(3)
 
 
 def test_a_key_twice_in_a_tar_file_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, content in [*one_of(range(20)).items(), *one_of(range(30, 31)).items()]:
+        for name, content in [*tar_entries(range(20)).items(), *tar_entries(range(30, 31)).items()]:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    manifest = write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
-    assert [(one.reason, "at bytes" in one.detail) for one in quarantine(tmp_path / "out")] == [("ambiguous_name", True)] * 2
-    assert manifest.rows_in == 21 and "Number 0." not in shown_by_answer(tmp_path / "out")
+    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    manifest = write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    assert [(bad.reason, "at bytes" in bad.detail) for bad in quarantine(tmp_path / "out")] == [("ambiguous_name", True)] * 2
+    assert manifest.rows_in == 21 and "Number 0." not in image_by_answer(tmp_path / "out")
 
 
 def test_the_members_of_a_sample_are_found_wherever_they_stand(tmp_path: Path) -> None:
-    entries = one_of(range(PICTURES))
+    entries = tar_entries(range(PICTURES))
     pictures_first = {name: entries[name] for name in sorted(entries, key=lambda name: name.endswith(".json"))}
     pictures_first |= {"._3.json": b"what a Mac leaves", "__MACOSX/4.json": b"", "5.cls": b"7"}
     tar_of(tmp_path / "x.tar", pictures_first)
-    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
-    assert shown_by_answer(tmp_path / "out") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
+    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    assert image_by_answer(tmp_path / "out") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
 
 
 def test_members_that_may_be_pictures_are_never_left_out(tmp_path: Path) -> None:
     row = json.dumps({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}).encode()
     odd = {"a.mp4": b"x", "b.npy": b"x", "c.bin": b"\x93\x00", "d.0.jpg": picture(1), "d.1.jpg": picture(2)}
-    entries = one_of(range(PICTURES)) | odd | {f"{key}.json": row for key in "abcde"} | {"e.input.jpg": picture(3)}
+    entries = tar_entries(range(PICTURES)) | odd | {f"{key}.json": row for key in "abcde"} | {"e.input.jpg": picture(3)}
     tar_of(tmp_path / "x.tar", entries)
-    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
-    reasons = [one.reason for one in quarantine(tmp_path / "out")]
+    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
+    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    reasons = [refused.reason for refused in quarantine(tmp_path / "out")]
     assert reasons == ["video", "unread_media", "unread_media"]
-    shown = {sample.id: sample.images for sample in stored(tmp_path / "out") if sample.turns[0].answer == "That."}
-    assert shown == {"mine/x/d": (picture(1), picture(2)), "mine/x/e": (picture(3),)}
+    images = {sample.id: sample.images for sample in stored(tmp_path / "out") if sample.turns[0].answer == "That."}
+    assert images == {"mine/x/d": (picture(1), picture(2)), "mine/x/e": (picture(3),)}
 
 
 def test_a_picture_that_is_not_beside_its_row_is_not_nothing(tmp_path: Path) -> None:
@@ -409,9 +414,9 @@ def test_a_picture_that_is_not_beside_its_row_is_not_nothing(tmp_path: Path) -> 
         link = tarfile.TarInfo("rows/b.png")
         link.type, link.linkname = tarfile.SYMTYPE, "../images/a.png"
         tar.addfile(link)
-    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
-    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
-    assert [(one.id, one.reason) for one in quarantine(tmp_path / "out")] == [
+    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
+    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    assert [(refused.id, refused.reason) for refused in quarantine(tmp_path / "out")] == [
         ("x/images/a", "missing_key"),
         ("x/rows/a", "ambiguous_name"),
         ("x/rows/b", "unread_media"),
@@ -439,17 +444,17 @@ def test_whatever_else_a_tar_file_holds_is_counted_or_refused(tmp_path: Path) ->
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, link
             tar.addfile(info)
-    asked = ask_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
-    manifest = write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
-    found = [(one.id, one.reason) for one in quarantine(tmp_path / "out")]
-    assert found == [(f"x/{key}", "unread_media") for key in "abc"] + [("x/v1", "missing_key")] * 2
-    assert shown_by_answer(tmp_path / "out")["That."] == picture(1) and manifest.rows_in == PICTURES + 6
+    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
+    manifest = write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    refusals = [(refused.id, refused.reason) for refused in quarantine(tmp_path / "out")]
+    assert refusals == [(f"x/{key}", "unread_media") for key in "abc"] + [("x/v1", "missing_key")] * 2
+    assert image_by_answer(tmp_path / "out")["That."] == picture(1) and manifest.rows_in == PICTURES + 6
 
 
 @pytest.mark.parametrize("rows", [None, "rows.jsonl"])
 def test_names_and_addresses_that_are_no_utf8_are_read_or_refused(rows: str | None, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
-        for name, content in one_of(range(2), "Größe{}").items():
+        for name, content in tar_entries(range(2), "Größe{}").items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -457,17 +462,17 @@ def test_names_and_addresses_that_are_no_utf8_are_read_or_refused(rows: str | No
     lines = [json.dumps({"image": image, "conversations": conversations(1)}) + "\n" for image in odd]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     files, images = (tmp_path / "x.tar", None) if rows is None else (tmp_path / rows, tmp_path / "x.tar")
-    asked = ask_for({"mine": {"files": str(files), "images": images}, "good": as_folder(tmp_path / "good")})
-    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    data = settings_for({"mine": {"files": str(files), "images": images}, "good": as_folder(tmp_path / "good")})
+    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
     reasons = ["missing_file", "not_an_image", "not_an_image", "not_an_image", "missing_file"]
-    assert [one.reason for one in quarantine(tmp_path / "out")] == ([] if rows is None else reasons)
-    assert all(len(one.detail) <= 500 for one in quarantine(tmp_path / "out"))
+    assert [refused.reason for refused in quarantine(tmp_path / "out")] == ([] if rows is None else reasons)
+    assert all(len(refused.detail) <= 500 for refused in quarantine(tmp_path / "out"))
     if rows is None:
         assert r"mine/x/Gr\xf6\xdfe1" in {sample.id for sample in stored(tmp_path / "out")}
 
 
 def test_what_an_image_key_holds_is_told_by_its_kind(tmp_path: Path) -> None:
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     inline = []
     for kind in ("BMP", "TIFF"):
         file = io.BytesIO()
@@ -477,11 +482,11 @@ def test_what_an_image_key_holds_is_told_by_its_kind(tmp_path: Path) -> None:
     rows = [{"id": f"o{n}", "image": image, "conversations": conversations(99)} for n, image in enumerate([*inline, *odd])]
     (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), *rows]))
     pq.write_table(pa.table({"id": [b"7"], "conversations": [conversations(1)]}), tmp_path / "x.parquet")
-    asked = ask_for({"mine": asked_for, "x": {"files": str(tmp_path / "x.parquet"), "images": None}})
-    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
-    found = [(one.id, one.reason) for one in quarantine(tmp_path / "out")]
+    data = settings_for({"mine": member, "x": {"files": str(tmp_path / "x.parquet"), "images": None}})
+    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    refusals = [(refused.id, refused.reason) for refused in quarantine(tmp_path / "out")]
     reasons = ["video", "video", "unread_media", "unread_media", "missing_file"]
-    assert found == [*((f"o{n}", reason) for n, reason in enumerate(reasons, start=2)), ("x/1", "wrong_type")]
+    assert refusals == [*((f"o{n}", reason) for n, reason in enumerate(reasons, start=2)), ("x/1", "wrong_type")]
     assert "whole number, not bytes" in quarantine(tmp_path / "out")[-1].detail
 
 
@@ -492,58 +497,62 @@ def test_a_file_whose_own_name_is_no_utf8_is_refused_in_a_sentence(tmp_path: Pat
 
 
 def test_a_text_row_and_a_picture_may_share_a_name(tmp_path: Path) -> None:
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     (tmp_path / "images" / "text:t").write_bytes(picture(50))
     text = {"id": "t", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
-    shown = {"id": "u", "image": "text:t", "conversations": conversations(50)}
-    (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), text, shown]))
-    write(source(ask_for({"mine": asked_for}), tmp_path / "i.sqlite"), ask_for({"mine": asked_for}), tmp_path / "out")
-    found = shown_by_answer(tmp_path / "out")
-    assert (found["So."], found["Number 50."]) == (None, picture(50))
+    with_image = {"id": "u", "image": "text:t", "conversations": conversations(50)}
+    (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), text, with_image]))
+    write(
+        source(settings_for({"mine": member}), tmp_path / "i.sqlite"),
+        settings_for({"mine": member}),
+        tmp_path / "out",
+    )
+    images = image_by_answer(tmp_path / "out")
+    assert (images["So."], images["Number 50."]) == (None, picture(50))
 
 
 def test_ids_that_repeat_are_made_unique_and_the_card_says_so(tmp_path: Path) -> None:
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     rows = [row | {"id": "same"} for row in llava_rows()]
     (tmp_path / "rows.json").write_text(json.dumps([*rows, rows[0]]))
-    prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+    prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
     assert len({sample.id for sample in stored(tmp_path / "dataset")}) == PICTURES
-    assert [one.reason for one in quarantine(tmp_path / "dataset")] == ["duplicate_id"]  # the very same row
+    assert [refused.reason for refused in quarantine(tmp_path / "dataset")] == ["duplicate_id"]  # the very same row
     assert "| mine | repeated_id | 23 | row 2: 'same' became 'same#2' |" in (tmp_path / "dataset" / "card.md").read_text()
 
 
 def test_what_is_long_in_a_row_is_short_in_the_card(tmp_path: Path) -> None:
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     odd = {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": 10**900}], "k" * 5000: 1}
     (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), odd]))
-    prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+    prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
     lines = [line for line in (tmp_path / "dataset" / "card.md").read_text().splitlines() if line.startswith("| mine")]
     assert max(map(len, lines)) < 600 and any("kkk ... kkk" in line for line in lines)
 
 
 def test_rows_of_several_json_files_and_of_parquet_beside_a_folder(tmp_path: Path) -> None:
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     (tmp_path / "rows.json").unlink()
     for name, numbers in (("0", range(10)), ("1", range(10, PICTURES))):
         lines = [json.dumps({k: v for k, v in llava_rows()[n].items() if k != "id"}) for n in numbers]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    asked = ask_for({"mine": asked_for | {"files": str(tmp_path / "*.jsonl")}})
-    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    data = settings_for({"mine": member | {"files": str(tmp_path / "*.jsonl")}})
+    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
     assert {sample.id for sample in stored(tmp_path / "out")} == {f"mine/{n + 1}" for n in range(PICTURES)}
     columns = {key: [row[key] for row in llava_rows()] for key in ("image", "conversations")}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    asked = ask_for({"mine": asked_for | {"files": str(tmp_path / "x.parquet")}})
-    write(source(asked, tmp_path / "j.sqlite"), asked, tmp_path / "other")
-    assert shown_by_answer(tmp_path / "other") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
+    data = settings_for({"mine": member | {"files": str(tmp_path / "x.parquet")}})
+    write(source(data, tmp_path / "j.sqlite"), data, tmp_path / "other")
+    assert image_by_answer(tmp_path / "other") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
 
 
 @pytest.mark.parametrize("texts", [[{"question": "What?", "answer": "That."}], ["What?"], "What?"])
 def test_conversations_that_parquet_files_hold_in_other_forms_are_quarantined(texts: Any, tmp_path: Path) -> None:
     good = as_cauldron(tmp_path)
-    one = {"bytes": picture(1), "path": None}
-    pq.write_table(pa.table({"images": [[one]], "texts": [texts]}), tmp_path / "odd.parquet")
-    asked = ask_for({"good": good, "odd": {"files": str(tmp_path / "odd.parquet"), "images": None}})
-    write(source(asked, tmp_path / "i.sqlite"), asked, tmp_path / "out")
+    image = {"bytes": picture(1), "path": None}
+    pq.write_table(pa.table({"images": [[image]], "texts": [texts]}), tmp_path / "odd.parquet")
+    data = settings_for({"good": good, "odd": {"files": str(tmp_path / "odd.parquet"), "images": None}})
+    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert refused.source == "odd" and refused.reason in ("missing_key", "wrong_type")
 
@@ -561,28 +570,28 @@ def test_conversations_that_parquet_files_hold_in_other_forms_are_quarantined(te
     ],
 )
 def test_a_file_that_is_no_rows_is_said_in_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+        prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
 
 
 # --- files that cannot be used ----------------------------------------------------------------------------------------
 
 
-def held(path: Path, columns: dict[str, Any]) -> list[Any]:
+def stored_images(path: Path, columns: dict[str, Any]) -> list[Any]:
     """The pictures of the rows of a Parquet file."""
     pq.write_table(pa.table(columns), path)
-    some = store(str(path), None)
-    of_rows = [raw["image"] if isinstance(raw["image"], list) else [raw["image"]] for _, _, raw in some.rows()]
-    return [[some.image(one.place, 1) for one in of_row] for of_row in of_rows]
+    reader = store(str(path), None)
+    of_rows = [raw["image"] if isinstance(raw["image"], list) else [raw["image"]] for _, _, raw in reader.rows()]
+    return [[reader.image(image.place, 1) for image in of_row] for of_row in of_rows]
 
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @pytest.mark.parametrize(
-    ("column", "wanted"),
+    ("column", "expected"),
     [
         (pa.array([b"x", b"y"]).dictionary_encode(), [[b"x"], [b"y"]]),
         (pa.array([b"x", b"y"], pa.binary_view()), [[b"x"], [b"y"]]),
@@ -591,8 +600,8 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     ],
     ids=["dictionary", "view", "fixed list", "large list"],
 )
-def test_bytes_in_columns_of_every_kind(column: Any, wanted: Any, tmp_path: Path) -> None:
-    assert held(tmp_path / "x.parquet", {"image": column}) == wanted
+def test_bytes_in_columns_of_every_kind(column: Any, expected: Any, tmp_path: Path) -> None:
+    assert stored_images(tmp_path / "x.parquet", {"image": column}) == expected
 
 
 def test_a_null_of_a_list_of_pictures_keeps_its_place(tmp_path: Path) -> None:
@@ -609,25 +618,25 @@ def test_two_columns_of_one_name_refuse_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_cell_without_bytes_is_the_file_that_it_names_or_nothing(several: bool, tmp_path: Path) -> None:
-    asked_for = as_folder(tmp_path)
+    member = as_folder(tmp_path)
     cells = [{"bytes": picture(0), "path": "in/9.png"}, {"bytes": None, "path": "in/1.png"}]
     cells += [{"bytes": None, "path": None}, None, {"bytes": None, "path": "in/gone.png"}]
-    said = [[{"user": "What?", "assistant": f"Number {n}."}] for n in range(len(cells))]
-    columns = {"texts": said, "images" if several else "image": [[cell] if several else cell for cell in cells]}
+    texts = [[{"user": "What?", "assistant": f"Number {n}."}] for n in range(len(cells))]
+    columns = {"texts": texts, "images" if several else "image": [[cell] if several else cell for cell in cells]}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=2)
-    sources = {"odd": {"files": str(tmp_path / "x.parquet"), "images": asked_for["images"]}, "good": asked_for}
-    write(source(ask_for(sources), tmp_path / "i.sqlite"), ask_for(sources), tmp_path / "out")
+    sources = {"odd": {"files": str(tmp_path / "x.parquet"), "images": member["images"]}, "good": member}
+    write(source(settings_for(sources), tmp_path / "i.sqlite"), settings_for(sources), tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (5, "missing_file") and "in/gone.png" in refused.detail
-    found = {s.id: s.image for s in stored(tmp_path / "out") if s.id.startswith("odd/")}
-    assert found == {"odd/x/1": picture(0), "odd/x/2": picture(1), "odd/x/3": None, "odd/x/4": None}
+    images = {s.id: s.image for s in stored(tmp_path / "out") if s.id.startswith("odd/")}
+    assert images == {"odd/x/1": picture(0), "odd/x/2": picture(1), "odd/x/3": None, "odd/x/4": None}
 
 
 def test_bytes_within_other_values_refuse_the_file(tmp_path: Path) -> None:
     inner = pa.struct([("image", STRUCT)])
     for column in (pa.array([{"image": {"bytes": b"x"}}], inner), pa.array([[("k", b"x")]], pa.map_(pa.string(), pa.binary()))):
         with pytest.raises(DataError, match=r"x\.parquet: the column data\..* holds bytes within other values"):
-            held(tmp_path / "x.parquet", {"image": [b"x"], "data": column})
+            stored_images(tmp_path / "x.parquet", {"image": [b"x"], "data": column})
 
 
 def test_a_parquet_row_that_is_no_utf8_is_refused_alone(tmp_path: Path) -> None:
@@ -669,29 +678,29 @@ def gzipped(path: Path) -> None:
     ids=["half", "at a member's end", "in a member", "compressed", "text", "empty", "another behind it", "a header"],
 )
 def test_a_tar_file_that_is_not_whole_is_an_error(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
-    asked_for = as_tars(tmp_path)
+    member = as_tars(tmp_path)
     tar_of(tmp_path / "0.tar", {"x": b"x" * 100, "y": b"y" * 9000})
     damage(tmp_path / "0.tar")
     with pytest.raises(DataError, match=message) as stop:
-        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+        prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
     assert "\n" not in str(stop.value) and "fetch it again" in str(stop.value)
     assert not list(tmp_path.glob("*dataset*"))
 
 
 def test_a_parquet_file_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
-    asked_for = as_parquet(tmp_path)
+    member = as_parquet(tmp_path)
     cut(tmp_path / "1.parquet", 3000)
     with pytest.raises(DataError, match=r"1\.parquet is no Parquet file, or is cut off.*fetch it again"):
-        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+        prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
     assert not list(tmp_path.glob("*dataset*"))
 
 
 def test_a_parquet_file_whose_columns_have_damaged_names_is_an_error(tmp_path: Path) -> None:
-    asked_for = as_parquet(tmp_path)
-    one = tmp_path / "1.parquet"
-    one.write_bytes(one.read_bytes().replace(b"conversations", b"\xe3onversations"))
+    member = as_parquet(tmp_path)
+    path = tmp_path / "1.parquet"
+    path.write_bytes(path.read_bytes().replace(b"conversations", b"\xe3onversations"))
     with pytest.raises(DataError, match=r"1\.parquet is no Parquet file, or is cut off.*fetch it again"):
-        prepare(ask_for({"mine": asked_for}), target=tmp_path / "dataset", workers=1)
+        prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
 
 
 @pytest.mark.parametrize(
@@ -753,21 +762,21 @@ def test_a_list_is_read_as_json_does_however_it_is_cut_into_pieces(
     st.integers(1, 9),
 )
 @settings(max_examples=150, deadline=None)
-def test_what_json_refuses_is_refused(rows: list[Any], at: int, symbol: str, read: int) -> None:
+def test_what_json_refuses_is_refused(rows: list[Any], offset: int, symbol: str, read: int) -> None:
     text = json.dumps(rows)
-    broken = text[:at] + symbol + text[at + 1 :]
+    broken = text[:offset] + symbol + text[offset + 1 :]
     try:
-        wanted = json.loads(broken)
+        expected = json.loads(broken)
     except ValueError:
-        wanted = "malformed_json"
+        expected = "malformed_json"
     twice: list[bool] = []
-    if isinstance(wanted, list):
+    if isinstance(expected, list):
         json.loads(broken, object_pairs_hook=lambda pairs: twice.append(len(dict(pairs)) < len(pairs)))
-    found = streamed(broken.encode(), read)
+    parsed = streamed(broken.encode(), read)
     if any(twice):
-        assert any(isinstance(row, Refusal) for row in found)
+        assert any(isinstance(row, Refusal) for row in parsed)
     else:
-        assert found == (wanted if isinstance(wanted, list) else "malformed_json")
+        assert parsed == (expected if isinstance(expected, list) else "malformed_json")
 
 
 UNREAD = {  # Python takes the last of two keys in silence: another picture, another speaker; and stops at a long number

@@ -32,7 +32,7 @@ def read(**raw: Any) -> Row:
     return understand(3, {"id": "a", **raw}, LIMITS)
 
 
-def said(row: Row) -> list[tuple[str, str]]:
+def exchanges(row: Row) -> list[tuple[str, str]]:
     return [(turn.question, turn.answer) for sample in row.samples for turn in sample]
 
 
@@ -124,12 +124,12 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
 @pytest.mark.parametrize(("raw", "picture", "rules"), UNDERSTOOD.values(), ids=UNDERSTOOD)
 def test_the_same_row_in_every_dialect(raw: dict[str, Any], picture: object, rules: set[str]) -> None:
     row = read(**raw)
-    assert (row.pictures, said(row), set(row.rules)) == ((picture,), [(CAT, "A cat.")], rules)
+    assert (row.pictures, exchanges(row), set(row.rules)) == ((picture,), [(CAT, "A cat.")], rules)
 
 
 def test_turns_that_have_no_counterpart_are_left_out_and_named() -> None:
     row = read(conversations=[{"from": "gpt", "value": "Hello!"}, *chat("How are you?", "Fine.", "And you?")])
-    assert said(row) == [("How are you?", "Fine.")]
+    assert exchanges(row) == [("How are you?", "Fine.")]
     assert "Hello!" in row.rules["first_answer"] and "And you?" in row.rules["last_question"]
 
 
@@ -146,7 +146,7 @@ def test_turns_that_have_no_counterpart_are_left_out_and_named() -> None:
 )
 def test_a_system_text_is_kept(raw: dict[str, Any]) -> None:
     row = read(**raw)
-    assert said(row) == [("Be brief.\n\nWhat is it?", "A cat.")] and "system" in row.rules
+    assert exchanges(row) == [("Be brief.\n\nWhat is it?", "A cat.")] and "system" in row.rules
 
 
 def test_a_system_text_is_no_question() -> None:
@@ -158,14 +158,14 @@ def test_a_system_text_is_no_question() -> None:
 
 def test_a_system_text_of_a_pair_stands_before_its_question() -> None:
     row = read(texts=[{"user": "What?", "assistant": "A."}, {"system": "Be brief.", "user": "And?", "assistant": "B."}])
-    assert said(row) == [("What?", "A."), ("Be brief.\n\nAnd?", "B.")]
+    assert exchanges(row) == [("What?", "A."), ("Be brief.\n\nAnd?", "B.")]
     assert "Be brief." in row.rules["system"] and row.ignored == ()
 
 
 def test_texts_of_a_list_do_not_run_into_one_another() -> None:
     text = [{"type": "text", "text": "left "}, {"type": "text", "text": "or right?"}]
     row = read(image="c.png", messages=openai(["Look.", {"type": "image"}, "Is it", *text], ["It is", "left."]))
-    assert said(row) == [("<image>\nLook. Is it\nleft or right?", "It is\nleft.")]
+    assert exchanges(row) == [("<image>\nLook. Is it\nleft or right?", "It is\nleft.")]
 
 
 def test_json_within_text_says_each_key_once() -> None:
@@ -175,7 +175,7 @@ def test_json_within_text_says_each_key_once() -> None:
 
 
 def test_numbers_are_text_and_null_is_missing() -> None:
-    assert said(read(conversations=chat("How many?", 3))) == [("How many?", "3")]
+    assert exchanges(read(conversations=chat("How many?", 3))) == [("How many?", "3")]
     with pytest.raises(Refusal, match="a turn has 319 characters"):  # beyond what a float holds
         read(conversations=chat("How many?", 10**309))
     for raw, key in (
@@ -192,9 +192,9 @@ def test_numbers_are_text_and_null_is_missing() -> None:
 
 def test_an_image_of_a_turn_that_is_left_out_goes_with_it() -> None:
     row = read(image="a.png", conversations=chat("How are you?", "Fine.", CAT))
-    assert (row.pictures, row.kind, said(row)) == ((), "text", [("How are you?", "Fine.")])
+    assert (row.pictures, row.kind, exchanges(row)) == ((), "text", [("How are you?", "Fine.")])
     row = read(images=["a.png", "b.png"], conversations=chat(CAT, "A cat.", "<image>And that?"))
-    assert row.pictures == ("a.png",) and said(row) == [(CAT, "A cat.")]
+    assert row.pictures == ("a.png",) and exchanges(row) == [(CAT, "A cat.")]
     with pytest.raises(Refusal, match="1 in answers"):
         read(image="a.png", conversations=[{"from": "gpt", "value": "<image>"}, *chat("What?", "A cat.")])
 
@@ -229,7 +229,7 @@ def test_what_a_turn_says_beside_its_words_is_not_passed_over(turn: dict[str, An
 def test_a_turn_says_one_thing(turn: dict[str, Any], reason: str | None) -> None:
     conversation = [{**chat("What?")[0], **turn}, *chat("", "That.")[1:]]
     if reason is None:
-        assert said(read(conversations=conversation)) == [("What?", "That.")]
+        assert exchanges(read(conversations=conversation)) == [("What?", "That.")]
         return
     with pytest.raises(Refusal, match=repr(next(iter(turn)))) as refusal:
         read(conversations=conversation)
@@ -242,16 +242,16 @@ def test_an_answer_or_a_row_that_is_not_to_be_learnt_is_refused(mask: dict[str, 
     with pytest.raises(Refusal, match=repr(next(iter(mask)))) as refusal:
         read(conversations=[question, {**answer, **mask}])
     assert refusal.value.reason == "turns"
-    assert said(read(conversations=[{**question, **mask}, answer])) == [("What?", "That.")]  # no question is learnt
-    assert said(read(conversations=[question, {**answer, **dict.fromkeys(mask, 1)}])) == [("What?", "That.")]
+    assert exchanges(read(conversations=[{**question, **mask}, answer])) == [("What?", "That.")]  # no question is learnt
+    assert exchanges(read(conversations=[question, {**answer, **dict.fromkeys(mask, 1)}])) == [("What?", "That.")]
     for row in (mask, {"label": False}):
         with pytest.raises(Refusal, match=repr(next(iter(row)))):
             read(conversations=[question, answer], **row)
-    assert said(read(conversations=[question, answer], label=0)) == [("What?", "That.")]  # a class
+    assert exchanges(read(conversations=[question, answer], label=0)) == [("What?", "That.")]  # a class
 
 
 @pytest.mark.parametrize(
-    ("raw", "reason", "said"),
+    ("raw", "reason", "message"),
     [
         ({"instruction": "q", "output": "a"}, "missing_key", "has 'id', 'instruction', 'output': write its words as"),
         ({"texts": [{"question": "q", "answer": "a"}]}, "missing_key", "{user, assistant}, and one has 'question', 'answer'"),
@@ -271,8 +271,8 @@ def test_an_answer_or_a_row_that_is_not_to_be_learnt_is_refused(mask: dict[str, 
         ),
     ],
 )
-def test_a_reason_names_what_is_wrong(raw: dict[str, Any], reason: str, said: str) -> None:
-    with pytest.raises(Refusal, match=said) as refusal:
+def test_a_reason_names_what_is_wrong(raw: dict[str, Any], reason: str, message: str) -> None:
+    with pytest.raises(Refusal, match=message) as refusal:
         read(**raw)
     assert refusal.value.reason == reason
 
@@ -287,14 +287,14 @@ def test_an_absolute_path_within_the_folder_is_relative(tmp_path: Any) -> None:
 
 def test_a_caption_answers_a_fixed_question() -> None:
     row = understand(1, {"image": [HELD], "txt": "a dog", "caption": "a dog"}, LIMITS)
-    assert said(row) == [(f"<image>\n{DESCRIBE}", "a dog")] and row.ignored == ("caption",)
+    assert exchanges(row) == [(f"<image>\n{DESCRIBE}", "a dog")] and row.ignored == ("caption",)
 
 
 def test_many_questions_about_a_picture_become_several_samples() -> None:
     pairs = [{"user": f"What is number {n}?", "assistant": f"It is {n}."} for n in range(20)]
     row = read(images=[HELD], texts=pairs)
     assert len(row.samples) > 2 and "several_samples" in row.rules
-    assert [answer for _, answer in said(row)] == [f"It is {n}." for n in range(20)]
+    assert [answer for _, answer in exchanges(row)] == [f"It is {n}." for n in range(20)]
     for first, *others in row.samples:
         assert first.question.startswith("<image>\n") and not any("<image>" in turn.question for turn in others)
         assert sum(len(turn.question + turn.answer) for turn in (first, *others)) <= 200 + len("<image>\n")
@@ -325,7 +325,7 @@ SEVERAL: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize(("raw", "questions"), SEVERAL.values(), ids=SEVERAL)
 def test_several_images_stand_at_their_marks(raw: dict[str, Any], questions: list[str]) -> None:
     row = read(**raw)
-    assert len(row.pictures) == 2 and [question for question, _ in said(row)] == questions
+    assert len(row.pictures) == 2 and [question for question, _ in exchanges(row)] == questions
 
 
 def parts(*indices: Any) -> list[Any]:
@@ -398,7 +398,7 @@ def test_images_of_two_keys_that_are_joined_are_counted() -> None:
 
 def test_one_image_opens_its_question_in_whatever_turn() -> None:
     row = read(image="c.png", conversations=chat("Hello?", "Hello.", "What is it?\n<image>", "A cat."))
-    assert row.pictures == ("c.png",) and said(row) == [("Hello?", "Hello."), (CAT, "A cat.")]
+    assert row.pictures == ("c.png",) and exchanges(row) == [("Hello?", "Hello."), (CAT, "A cat.")]
 
 
 @pytest.mark.parametrize(
@@ -407,14 +407,14 @@ def test_one_image_opens_its_question_in_whatever_turn() -> None:
 )
 def test_an_only_mark_that_is_moved_is_counted(question: str, moved: bool) -> None:
     row = read(image="c.png", conversations=chat("Hello?", "Hello.", question, "A cat."))
-    assert said(row)[1][0].startswith("<image>\n") and ("image_moved" in row.rules) == moved
+    assert exchanges(row)[1][0].startswith("<image>\n") and ("image_moved" in row.rules) == moved
     assert "image_moved" not in read(image="c.png", system="Be brief.", conversations=chat(CAT, "A cat.")).rules
     assert not moved or repr(question) in row.rules["image_moved"]
 
 
 def test_turns_that_are_cut_take_their_images_with_them() -> None:
     row = read(images=["a.png", "b.png"], conversations=chat("<image>What?", "A.", "<image>And?", "x" * 195))
-    assert row.pictures == ("a.png",) and said(row) == [("<image>What?", "A.")] and "cut_at_turn" in row.rules
+    assert row.pictures == ("a.png",) and exchanges(row) == [("<image>What?", "A.")] and "cut_at_turn" in row.rules
 
 
 def test_a_long_conversation_keeps_its_first_turns() -> None:
@@ -426,8 +426,10 @@ def test_a_long_conversation_keeps_its_first_turns() -> None:
 
 
 def test_a_second_conversation_is_refused_if_it_says_something_else() -> None:
-    assert said(read(image="c.png", conversations=chat(CAT, "A cat."), messages=openai(CAT, "A cat."))) == [(CAT, "A cat.")]
-    assert said(read(image="c.png", conversations=chat(CAT, "A cat."), texts=["read off the image"])) == [(CAT, "A cat.")]
+    assert exchanges(read(image="c.png", conversations=chat(CAT, "A cat."), messages=openai(CAT, "A cat."))) == [
+        (CAT, "A cat.")
+    ]
+    assert exchanges(read(image="c.png", conversations=chat(CAT, "A cat."), texts=["read off the image"])) == [(CAT, "A cat.")]
     with pytest.raises(Refusal, match="two conversations, 'messages' beside 'conversations'"):
         read(image="c.png", conversations=chat(CAT, "A cat."), messages=openai(CAT, "A dog."))
 
@@ -437,7 +439,7 @@ def test_a_question_that_is_the_name_of_a_picture_is_none(question: str) -> None
     with pytest.raises(Refusal, match="another code's mark") as refusal:
         read(conversations=chat(question, "A cat."))
     assert refusal.value.reason == "image_marks"
-    assert said(read(conversations=chat(f"What is {question.strip()}", "A file."))) == [
+    assert exchanges(read(conversations=chat(f"What is {question.strip()}", "A file."))) == [
         (f"What is {question.strip()}", "A file.")
     ]
 
@@ -526,7 +528,9 @@ def test_another_mark_among_words_is_not_passed_over_where_no_mark_of_ours_place
     with pytest.raises(Refusal, match="a question holds") as refusal:
         read(images=["a.png", "b.png"][: question.count(";") + 1], conversations=chat(question, "Yes."))
     assert refusal.value.reason == "image_marks"
-    assert said(read(image="a.png", conversations=chat(f"<image>\n{question}", "Yes."))) == [(f"<image>\n{question}", "Yes.")]
+    assert exchanges(read(image="a.png", conversations=chat(f"<image>\n{question}", "Yes."))) == [
+        (f"<image>\n{question}", "Yes.")
+    ]
 
 
 @pytest.mark.parametrize(("reason", "raw"), HIDDEN.values(), ids=HIDDEN)

@@ -29,7 +29,7 @@ IMAGES, PER_SHARD = 64, 8
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
     """64 pictures with a question each, one of them asked about again at the end, one of them damaged."""
     folder = tmp_path_factory.mktemp("raw")
     rows = []
@@ -56,18 +56,18 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def plain(asked: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def plain(data: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """As one process makes it in one go."""
     target = tmp_path_factory.mktemp("plain") / "dataset"
-    prepare(asked, target=target, workers=1)
+    prepare(data, target=target, workers=1)
     return content(target)
 
 
 def test_the_number_of_workers_changes_no_byte(
-    asked: DataSettings, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: DataSettings, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_jobs, "WORTH_A_WORKER", 1)
-    prepare(asked, target=tmp_path / "dataset", workers=2)
+    prepare(data, target=tmp_path / "dataset", workers=2)
     assert content(tmp_path / "dataset") == plain
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
@@ -92,37 +92,37 @@ prepare(DataSettings.model_validate_json(sys.argv[1], strict=False), target=Path
 
 
 def test_after_kill_9_whole_parts_are_not_made_again(
-    asked: DataSettings, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: DataSettings, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "dataset"
-    command = [sys.executable, "-c", KILLED, asked.model_dump_json(), str(target), "36"]  # in the fifth part, one was bad
+    command = [sys.executable, "-c", KILLED, data.model_dump_json(), str(target), "36"]  # in the fifth part, one was bad
     died = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     assert not target.exists()
     assert list((tmp_path / ".dataset.draft").rglob(".*.tmp"))  # half-written
-    made = []
+    parts = []
     real = shard_jobs.write_part
 
     def watched(source: shard_jobs.Source, part: int, *rest: object) -> shard_jobs.Part:
-        made.append(part)
+        parts.append(part)
         return real(source, part, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shard_jobs, "write_part", watched)
-    prepare(asked, target=target, workers=1)
-    assert made == [4, 5, 6, 7]
+    prepare(data, target=target, workers=1)
+    assert parts == [4, 5, 6, 7]
     assert content(target) == plain
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
 def test_what_was_made_of_other_files_or_settings_is_not_gone_on_from(
-    asked: DataSettings, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: DataSettings, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "dataset"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(shard_jobs.Part, "write", interrupt)
-        prepare(asked.model_copy(update={"seed": 2}), target=target, workers=1)
+        prepare(data.model_copy(update={"seed": 2}), target=target, workers=1)
     assert (tmp_path / ".dataset.draft").exists()
-    prepare(asked, target=target, workers=1)
+    prepare(data, target=target, workers=1)
     assert content(target) == plain
 
 
@@ -157,7 +157,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_what_to_do(tmp_path: Path) ->
 
 
 def test_where_no_more_can_be_written_nothing_half_written_is_left(
-    asked: DataSettings, plain: dict[str, bytes], tmp_path: Path
+    data: DataSettings, plain: dict[str, bytes], tmp_path: Path
 ) -> None:
     """A limit on the size of files stands for the full disk: the write fails in the same place."""
     target = tmp_path / "dataset"
@@ -168,17 +168,17 @@ def test_where_no_more_can_be_written_nothing_half_written_is_left(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             with pytest.raises(TryAgainError, match=r"\.dataset\.draft cannot grow .*free space and run again"):
-                prepare(asked.model_copy(update={"images_per_shard": 60}), target=target, workers=1)
+                prepare(data.model_copy(update={"images_per_shard": 60}), target=target, workers=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [path.name for path in target.iterdir()] == ["before"]
         left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {"before"}
         assert left <= {"started", "index.sqlite"}
-    prepare(asked, target=target, workers=1)
+    prepare(data, target=target, workers=1)
     assert content(target) == plain
 
 
-def test_one_percent_of_planted_faults_is_quarantined_each_with_its_reason(asked: DataSettings, tmp_path: Path) -> None:
+def test_one_percent_of_planted_faults_is_quarantined_each_with_its_reason(data: DataSettings, tmp_path: Path) -> None:
     rows, planted = [], {}
     faults = {
         "missing_file": lambda n: row(f"row-{n}", 9999),
@@ -193,14 +193,14 @@ def test_one_percent_of_planted_faults_is_quarantined_each_with_its_reason(asked
             reason = list(faults)[number // 100 % len(faults)]
             rows[-1] = faults[reason](number)
             planted[number + 1] = reason
-    assert asked.llava is not None
+    assert data.llava is not None
     annotations = tmp_path / "rows.jsonl"
-    annotations.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    llava = asked.llava.model_copy(update={"annotations": annotations})
-    manifest: Manifest = prepare(asked.model_copy(update={"llava": llava}), target=tmp_path / "dataset", workers=1)
+    annotations.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
+    llava = data.llava.model_copy(update={"annotations": annotations})
+    manifest: Manifest = prepare(data.model_copy(update={"llava": llava}), target=tmp_path / "dataset", workers=1)
     assert (manifest.rows_in, manifest.quarantined, manifest.rows_out) == (1500, 15, 1485)
     lines = (tmp_path / "dataset" / "quarantine.jsonl").read_text().splitlines()
-    assert {(one := json.loads(line))["row"]: one["reason"] for line in lines} == planted
+    assert {(entry := json.loads(line))["row"]: entry["reason"] for line in lines} == planted
     assert len(planted) == 15
 
 

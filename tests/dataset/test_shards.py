@@ -122,12 +122,12 @@ def test_whether_a_layer_can_be_searched_is_known_from_the_questions_of_equal_im
 def test_reading_one_sample_leaves_the_rest_on_disk(tmp_path: Path) -> None:
     """128 MiB are stored; opening and reading allocates next to nothing, as the file is mapped."""
     size = 2**20
-    before = pa.total_allocated_bytes()
+    allocated = pa.total_allocated_bytes()
     samples = stored(tmp_path, [image_row(n, size=size) for n in range(128)], images_per_shard=64)
     samples = Samples(tmp_path, "train")
     resident = resident_bytes()
     assert samples[101].image == bytes([50]) * size
-    assert pa.total_allocated_bytes() - before < 2**20
+    assert pa.total_allocated_bytes() - allocated < 2**20
     assert resident_bytes() - resident < 16 * size
 
 
