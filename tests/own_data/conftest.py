@@ -23,13 +23,13 @@ def draw(folder: Path, images: int = 20) -> Path:
     rows = []
     for number in range(images):
         colour = list(COLOURS)[number % 4]
-        shown = Image.new("RGB", (40 + number % 3, 40), COLOURS[colour])
-        shown.putpixel((number % 40, number // 40), (255, 255, 255))
-        shown.save(folder / f"images/{number}.png")
-        for place, (asked, said) in enumerate({"What colour ?": f"It is {colour} .", "How many ?": "one"}.items()):
-            turns = [{"role": "user", "content": f"<image>\n{asked}"}, {"role": "assistant", "content": said}]
+        image = Image.new("RGB", (40 + number % 3, 40), COLOURS[colour])
+        image.putpixel((number % 40, number // 40), (255, 255, 255))
+        image.save(folder / f"images/{number}.png")
+        for index, (question, answer) in enumerate({"What colour ?": f"It is {colour} .", "How many ?": "one"}.items()):
+            turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
             rows.append(
-                {"id": f"{number}-{place}", "image": f"{number}.png", "kind": asked.split()[0].lower(), "messages": turns}
+                {"id": f"{number}-{index}", "image": f"{number}.png", "kind": question.split()[0].lower(), "messages": turns}
             )
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
@@ -42,7 +42,7 @@ def respell(folder: Path, change: Callable[[list[Any]], object]) -> None:
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with params, twenty drawn images under data/mine, and two toy checkpoints under hub/."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "params", tmp_path / "params")
@@ -53,8 +53,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pointed(own: Path) -> Path:
-    """`own`, with params that name its files."""
+def pointed(project: Path) -> Path:
+    """`project`, with params that name its files."""
     overlay: dict[str, Any] = {
         "about": {"run": "-", "hardware": "-", "time": "-", "result": "-", "seconds": None},
         "like": "_full-size",
@@ -69,6 +69,6 @@ def pointed(own: Path) -> Path:
             }
         },
     }
-    (own / "params/recipes/mine.yaml").write_text(text_of(overlay))
+    (project / "params/recipes/mine.yaml").write_text(text_of(overlay))
     recipes.use("mine")
-    return own
+    return project

@@ -38,8 +38,8 @@ def files(root: Path) -> set[Path]:
 def checked() -> tuple[check.CheckResult, list[str]]:
     settings = load_settings()
     folders, missing = available_models(settings.models)
-    found = check.try_data(settings, folders.values(), workers=1)
-    return found, list(check.report(found, settings, folders, missing))
+    result = check.try_data(settings, folders.values(), workers=1)
+    return result, list(check.report(result, settings, folders, missing))
 
 
 def spoil(rows: list[dict[str, object]]) -> None:
@@ -56,11 +56,11 @@ def test_it_counts_what_the_stages_count(pointed: Path) -> None:
     ):
         path = pointed / f"params/{file}.yaml"
         path.write_text(path.read_text().replace(old, new))
-    before = files(pointed)
-    found, said = checked()
-    assert files(pointed) == before
+    original = files(pointed)
+    result, lines = checked()
+    assert files(pointed) == original
     settings = load_settings()
-    check.accept(found, settings)
+    check.accept(result, settings)
 
     manifest = prepare(settings.data, workers=1)
     assert settings.models.pretrained is not None
@@ -70,15 +70,15 @@ def test_it_counts_what_the_stages_count(pointed: Path) -> None:
     build_index(settings.models, MODELS).write(MODELS / "index.json")
     tried = try_rows(settings, workers=1)
 
-    assert (len(found.tally.refused), found.rows_in) == (manifest.quarantined, manifest.rows_in) == (2, 40)
+    assert (len(result.tally.refused), result.rows_in) == (manifest.quarantined, manifest.rows_in) == (2, 40)
     for split in SPLITS:
-        assert found.tally.samples[split] == manifest.splits[split].samples
-        assert found.tally.usable[split] == tried.splits[split].usable
-    assert max(found.tally.tokens) == max(split.longest for split in tried.splits.values())
-    assert [issue.model_dump_json() for issue in found.tally.issues] == (ROWS / "remarks.jsonl").read_text().splitlines()
-    assert any("row 1 (0-0): data/mine/images/gone.png" in line for line in said)
-    assert any(line.strip().startswith("too_long: 1") for line in said)
-    assert any("rule roles: 39 rows" in line for line in said)
+        assert result.tally.samples[split] == manifest.splits[split].samples
+        assert result.tally.usable[split] == tried.splits[split].usable
+    assert max(result.tally.tokens) == max(split.longest for split in tried.splits.values())
+    assert [issue.model_dump_json() for issue in result.tally.issues] == (ROWS / "remarks.jsonl").read_text().splitlines()
+    assert any("row 1 (0-0): data/mine/images/gone.png" in line for line in lines)
+    assert any(line.strip().startswith("too_long: 1") for line in lines)
+    assert any("rule roles: 39 rows" in line for line in lines)
 
 
 def test_too_many_bad_rows_end_with_2_and_every_reason(pointed: Path) -> None:
@@ -98,26 +98,26 @@ def test_one_is_no_plural_and_progress_in_a_log_leaves_no_blanks(
     settings = load_settings()
     lines = list(check.report(check.try_data(settings, []), settings, {}, []))
     assert "  1 row, 0 refused" in lines and any("1 image, 1 sample" in line for line in lines)
-    assert "rows tried: 100%" in (said := capsys.readouterr().err) and " " * 20 not in said
+    assert "rows tried: 100%" in (stderr := capsys.readouterr().err) and " " * 20 not in stderr
 
 
 def test_without_models_rows_are_read_all_the_same(pointed: Path) -> None:
     settings = load_settings()
-    found = check.try_data(settings, [], workers=1)
-    assert found.tally.samples.total() == 40
-    assert "not tried with teacher" in "\n".join(check.report(found, settings, {}, ["teacher"]))
-    check.accept(found, settings)
+    result = check.try_data(settings, [], workers=1)
+    assert result.tally.samples.total() == 40
+    assert "not tried with teacher" in "\n".join(check.report(result, settings, {}, ["teacher"]))
+    check.accept(result, settings)
 
 
 def test_samples_that_are_too_long_stop_it_as_they_would_check_rows(pointed: Path) -> None:
     path = pointed / "params/models.yaml"
     path.write_text(path.read_text().replace("max_length: 2048", "max_length: 62"))
-    found, said = checked()
-    assert any(line.strip().startswith("too_long: 20, left out") for line in said), said
+    result, lines = checked()
+    assert any(line.strip().startswith("too_long: 20, left out") for line in lines), lines
     with pytest.raises(
         DataError, match=r"20 of 40 samples cannot be trained on \(such as .* tokens; models.max_length is 62\)"
     ):
-        check.accept(found, load_settings())
+        check.accept(result, load_settings())
 
 
 def test_a_split_without_images_is_told(pointed: Path) -> None:
@@ -131,26 +131,26 @@ def test_a_split_without_images_is_told(pointed: Path) -> None:
 def test_too_few_questions_per_image_are_refused_where_a_layer_is_searched(pointed: Path) -> None:
     """In the words of the stage `search_layer`, which would end with them hours later."""
     respell(pointed / "data/mine", lambda rows: rows.__delitem__(slice(1, None, 2)))  # one question about each image
-    found, settings = check.try_data(load_settings(), [], workers=1), load_settings()
+    result, settings = check.try_data(load_settings(), [], workers=1), load_settings()
     samples = prepare(settings.data, workers=1) and Samples(DATASET, "train")
-    with pytest.raises(TooFewInstructions) as told:
+    with pytest.raises(TooFewInstructions) as stage_error:
         draw_images(samples, settings.irs)
-    with pytest.raises(TooFewInstructions, match=r"0 of \d+ images have 2 .*iva.weighting: uniform") as said:
-        check.accept(found, settings)
-    assert str(said.value) == str(told.value)
+    with pytest.raises(TooFewInstructions, match=r"0 of \d+ images have 2 .*iva.weighting: uniform") as error:
+        check.accept(result, settings)
+    assert str(error.value) == str(stage_error.value)
     path = pointed / "params/distill.yaml"
     path.write_text(re.sub(r"weighting: \w+", "weighting: uniform", path.read_text()))
     assert not load_settings().needs_layer
-    check.accept(found, load_settings())
+    check.accept(result, load_settings())
 
 
 def test_a_rule_that_needs_boxes_is_refused_where_no_question_has_one(pointed: Path) -> None:
     path = pointed / "params/irs.yaml"
     path.write_text(re.sub(r"rule: \w+", "rule: pointing", path.read_text()))
-    found = check.try_data(load_settings(), [], workers=1)
+    result = check.try_data(load_settings(), [], workers=1)
     with pytest.raises(NoRegions, match=r"rule is pointing, .*; set rule: irs"):
-        check.accept(found, load_settings())
-    check.accept(replace(found, boxes=True), load_settings())
+        check.accept(result, load_settings())
+    check.accept(replace(result, boxes=True), load_settings())
 
 
 def test_questions_of_equal_images_count_together_in_whatever_files_they_are(pointed: Path) -> None:
@@ -177,17 +177,19 @@ def test_workers_change_nothing(pointed: Path, monkeypatch: pytest.MonkeyPatch) 
     alone = check.try_data(load_settings(), [pointed / "hub/small"], workers=1)
     monkeypatch.setattr(check, "WORTH_A_WORKER", 5)
     shared = check.try_data(load_settings(), [pointed / "hub/small"], workers=2)
-    for found in (alone, shared):
-        found.tally.questions = array("Q", sorted(found.tally.questions))
+    for result in (alone, shared):
+        result.tally.questions = array("Q", sorted(result.tally.questions))
     assert shared == alone
 
 
-@pytest.mark.parametrize(("family", "style", "said"), [("llava", "vicuna", " one two"), ("qwen2_vl", "processor", "one two")])
-def test_first_answers_are_counted_as_the_template_writes_them(family: str, style: str, said: str) -> None:
+@pytest.mark.parametrize(("family", "style", "answer"), [("llava", "vicuna", " one two"), ("qwen2_vl", "processor", "one two")])
+def test_first_answers_are_counted_as_the_template_writes_them(family: str, style: str, answer: str) -> None:
     processor = load_processor(toy.folder(family))
     collator = Collator(processor, Template("", style=style), 1000, train=True)  # type: ignore[arg-type]
     sample = Sample("1", "1", "kind", b"", (Turn("<image>\nwhat ?", "one two"), Turn("and ?", "three three three three")))
-    assert check.answer_lengths(collator, [sample]) == [len(processor.tokenizer(said, add_special_tokens=False).input_ids) + 1]
+    assert check.answer_lengths(collator, [sample]) == [
+        len(processor.tokenizer(answer, add_special_tokens=False).input_ids) + 1
+    ]
 
 
 def test_answers_that_are_never_evaluated_do_not_ask_for_more_tokens() -> None:

@@ -21,7 +21,7 @@ from tests.own_data.conftest import respell
 EVIL = "<script>alert(1)</script> \x1b[31mred &amp;"
 
 
-def shown(each: int = 1) -> page.Preview:
+def build_preview(each: int = 1) -> page.Preview:
     settings = load_settings()
     return page.preview(settings, available_models(settings.models)[0], each)
 
@@ -39,9 +39,9 @@ def spoil(rows: list[dict[str, object]]) -> None:
 
 def test_every_kind_is_there_and_its_answers_are_what_is_trained_on(pointed: Path) -> None:
     respell(pointed / "data/mine", spoil)
-    found = shown()
-    assert set(found.samples) == {EVIL, "what", "how"}
-    (sample,) = found.samples[EVIL]
+    preview = build_preview()
+    assert set(preview.samples) == {EVIL, "what", "how"}
+    (sample,) = preview.samples[EVIL]
     trained = [piece.text for piece in sample.pieces if piece.role == "trained"]
     assert [text.removesuffix("<end_of_utterance>").strip() for text in trained] == [f"{EVIL} first", "second"]
     assert all(text.endswith("<end_of_utterance>") for text in trained)
@@ -49,27 +49,29 @@ def test_every_kind_is_there_and_its_answers_are_what_is_trained_on(pointed: Pat
     assert EVIL in read
     assert "first" not in read
     assert sample.tokens("visual") == sum(piece.tokens for piece in sample.pieces if piece.role == "visual") > 0
-    assert found.tally.samples.total() == 40
-    assert "1 are longer, 1 of them left out" in found.lengths
+    assert preview.tally.samples.total() == 40
+    assert "1 are longer, 1 of them left out" in preview.lengths
 
 
 def test_a_sample_that_is_left_out_says_why(pointed: Path) -> None:
     respell(pointed / "data/mine", lambda rows: rows[0]["messages"][1].update(content="x" * 7000))
-    (sample,) = shown().samples["what"]
+    (sample,) = build_preview().samples["what"]
     assert not sample.pieces
     assert "models.max_length is 2,048" in sample.issue
-    assert sample.issue in (page.write_page(shown())).read_text()
+    assert sample.issue in (page.write_page(build_preview())).read_text()
 
 
 def test_each_source_of_a_mixture_is_shown(pointed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_IMAGES", 4)
     monkeypatch.setattr(page, "ADJACENT", 2)
     settings = load_settings()
-    one = MixtureSource(files="data/mine/rows.json", images=Path("data/mine/images"), weight=1.0, licence="CC0")
-    both = Mixture(val=0.2, test=0.2, near_duplicates="report", evaluation_images=[], sources={"first": one, "last": one})
-    data = settings.data.model_copy(update={"source": "mixture", "llava": None, "mixture": both})
-    found = page.preview(settings.model_copy(update={"data": data}), available_models(settings.models)[0], 1)
-    assert set(found.samples) == {"first: what", "first: how", "last: what", "last: how"}
+    source = MixtureSource(files="data/mine/rows.json", images=Path("data/mine/images"), weight=1.0, licence="CC0")
+    mixture = Mixture(
+        val=0.2, test=0.2, near_duplicates="report", evaluation_images=[], sources={"first": source, "last": source}
+    )
+    data = settings.data.model_copy(update={"source": "mixture", "llava": None, "mixture": mixture})
+    preview = page.preview(settings.model_copy(update={"data": data}), available_models(settings.models)[0], 1)
+    assert set(preview.samples) == {"first: what", "first: how", "last: what", "last: how"}
 
 
 class Tags(HTMLParser):
@@ -86,7 +88,7 @@ class Tags(HTMLParser):
 def test_the_page_stands_alone_and_escapes_everything(pointed: Path) -> None:
     respell(pointed / "data/mine", spoil)
     tags = Tags()
-    text = page.write_page(shown()).read_text()
+    text = page.write_page(build_preview()).read_text()
     tags.feed(text)
     assert "script" not in tags.tags
     assert all(link.startswith("data:image/") for link in tags.links)
@@ -108,11 +110,11 @@ def test_a_terminal_gets_no_control_characters(pointed: Path) -> None:
 def test_prepared_data_are_shown_only_if_they_are_of_these_params(pointed: Path) -> None:
     settings = load_settings()
     prepare(settings.data, workers=1)
-    assert "not prepared yet" in shown().origin
+    assert "not prepared yet" in build_preview().origin
     params = json.loads(settings.data.model_dump_json())
     Path("dvc.lock").write_text(json.dumps({"stages": {"prepare": {"params": {"params/data.yaml": params}}}}))
-    prepared = shown()
+    prepared = build_preview()
     assert prepared.origin == f"{DATASET}, split train"
     assert set(prepared.samples) == {"what", "how"}
     Path("dvc.lock").write_text(json.dumps({"stages": {"prepare": {"params": {"params/data.yaml": {**params, "seed": 2}}}}}))
-    assert "not prepared yet" in shown().origin
+    assert "not prepared yet" in build_preview().origin
