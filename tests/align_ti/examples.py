@@ -31,7 +31,7 @@ class Attention:
     def loss(self, outputs: StepOutputs) -> Tensor:
         has = outputs.batch.visual.any(1)
         pairs = [(outputs.in_student.maps[m][has].flatten(1), outputs.in_teacher.maps[m][has].flatten(1)) for m in MAPS]
-        return outputs.zero + sum((1 - F.cosine_similarity(mine, theirs, dim=1)).sum() for mine, theirs in pairs) / len(MAPS)
+        return outputs.zero + sum((1 - F.cosine_similarity(a, b, dim=1)).sum() for a, b in pairs) / len(MAPS)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Hidden:
 
     def loss(self, outputs: StepOutputs) -> Tensor:
         rows = outputs.batch.visual
-        mine = outputs.modules["hidden"](outputs.in_student.hidden[0][rows])
-        return (mine - outputs.in_teacher.hidden[1][rows]).square().mean(-1).sum() / tiny.NV
+        projected = outputs.modules["hidden"](outputs.in_student.hidden[0][rows])
+        return (projected - outputs.in_teacher.hidden[1][rows]).square().mean(-1).sum() / tiny.NV
 
 
 def blank(batch: Batch) -> Batch:
@@ -73,11 +73,13 @@ class Blind:
         return images(batch)
 
     def loss(self, outputs: StepOutputs) -> Tensor:
-        mine, theirs = outputs.views["blank"]
-        assert mine is not None and theirs is not None and isinstance(outputs.teacher, Tensor)
+        student_blank, teacher_blank = outputs.views["blank"]
+        assert student_blank is not None and teacher_blank is not None and isinstance(outputs.teacher, Tensor)
         return (
             outputs.progress
-            * (moved(outputs.student, mine, outputs.batch) - moved(outputs.teacher, theirs, outputs.batch)).square().sum()
+            * (moved(outputs.student, student_blank, outputs.batch) - moved(outputs.teacher, teacher_blank, outputs.batch))
+            .square()
+            .sum()
         )
 
 

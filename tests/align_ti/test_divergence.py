@@ -41,9 +41,9 @@ def reference(t: torch.Tensor, s: torch.Tensor, kind: str, mix: float, temperatu
 @settings(max_examples=25, deadline=None)
 def test_equals_the_definition(kind: str, seed: int, mix: float, temperature: float) -> None:
     t, s = logits(seed), logits(seed + 1).requires_grad_()
-    got, wanted = divergence(t, s, kind, mix, temperature), reference(t, s, kind, mix, temperature)
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(torch.autograd.grad(got.sum(), s), torch.autograd.grad(wanted.sum(), s), rtol=1e-8, atol=1e-10)
+    got, expected = divergence(t, s, kind, mix, temperature), reference(t, s, kind, mix, temperature)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), s), torch.autograd.grad(expected.sum(), s), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,13 +115,13 @@ def plain_logits(rows: torch.Tensor, head: Head) -> torch.Tensor:
     return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
 
 
-def same(got: list[torch.Tensor], wanted: list[torch.Tensor], dtype: torch.dtype) -> None:
+def same(got: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> None:
     """bf16 operands: all is computed in float32, and the gradients rounded once, to bf16, at the end."""
-    for one, other in zip(got, wanted, strict=True):
+    for value, target in zip(got, expected, strict=True):
         if dtype == torch.float64:
-            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(value, target, rtol=1e-11, atol=1e-12)
         else:
-            torch.testing.assert_close(one, other, rtol=2**-7 if one.dtype == dtype else 1e-5, atol=1e-4)
+            torch.testing.assert_close(value, target, rtol=2**-7 if value.dtype == dtype else 1e-5, atol=1e-4)
 
 
 WEIGHTS = torch.arange(1.0, ROWS + 1)
@@ -139,9 +139,9 @@ def test_chunks_equal_full_logits_in_values_and_gradients(
     teacher, frozen, rows, head, trained = heads(dtype, bias, cap)
     options = {"kind": kind, "mix": 0.3, "temperature": temperature}
     got = row_divergence(teacher, frozen, rows, head, chunk_mib=mib(chunk), **options)
-    wanted = divergence(plain_logits(teacher, frozen), plain_logits(rows, head), *options.values())
-    same([got], [wanted], dtype)
-    gradients = [torch.autograd.grad((x * WEIGHTS).sum(), trained) for x in (got, wanted)]
+    expected = divergence(plain_logits(teacher, frozen), plain_logits(rows, head), *options.values())
+    same([got], [expected], dtype)
+    gradients = [torch.autograd.grad((x * WEIGHTS).sum(), trained) for x in (got, expected)]
     same(*map(list, gradients), dtype)
 
 
@@ -173,14 +173,14 @@ def test_a_weighted_sum_is_that_of_the_rows_in_values_and_gradients(
                 x.requires_grad_(False)
     weights = WEIGHTS.clone().requires_grad_()
     got = row_divergence(teacher, frozen, rows, head, kind=kind, weights=weights, chunk_mib=mib(chunk))
-    wanted = (WEIGHTS * divergence(plain_logits(teacher, frozen), plain_logits(rows, head), kind)).sum()
-    same([got], [wanted], dtype)
-    same(*(list(torch.autograd.grad(x * 0.3, trained)) for x in (got, wanted)), dtype)
+    expected = (WEIGHTS * divergence(plain_logits(teacher, frozen), plain_logits(rows, head), kind)).sum()
+    same([got], [expected], dtype)
+    same(*(list(torch.autograd.grad(x * 0.3, trained)) for x in (got, expected)), dtype)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(got, [*trained, weights], allow_unused=True)
     with torch.no_grad():
         again = row_divergence(teacher, frozen, rows, head, kind=kind, weights=weights, chunk_mib=mib(chunk))
-    same([again], [wanted], dtype)
+    same([again], [expected], dtype)
     assert not again.requires_grad
 
 
@@ -197,8 +197,8 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen_part: str)
     teacher, frozen, rows, head, _ = heads(torch.float64)
     left = (rows, head.weight)[frozen_part == "rows"]
     (head.weight if frozen_part == "head" else rows).requires_grad_(False)
-    got, wanted = (row_divergence(teacher, frozen, rows, head, chunk_mib=mib(size)) for size in (4, ROWS))
-    same([*torch.autograd.grad(got.sum(), left)], [*torch.autograd.grad(wanted.sum(), left)], torch.float64)
+    got, expected = (row_divergence(teacher, frozen, rows, head, chunk_mib=mib(size)) for size in (4, ROWS))
+    same([*torch.autograd.grad(got.sum(), left)], [*torch.autograd.grad(expected.sum(), left)], torch.float64)
     rows.requires_grad_(False), head.weight.requires_grad_(False)
     assert not row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).requires_grad
 
@@ -216,19 +216,19 @@ def test_a_tied_head_sums_what_it_gets_as_head_and_as_embedding() -> None:
 
 def test_a_wide_16_bit_head_is_widened_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, frozen, rows, head, trained = heads(torch.bfloat16)
-    before = torch.autograd.grad(row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).sum(), trained)
+    plain = torch.autograd.grad(row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).sum(), trained)
     monkeypatch.setattr("components.align_ti.head.COLUMNS_AT_ONCE", 5)
-    after = torch.autograd.grad(row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).sum(), trained)
-    same(list(after), list(before), torch.bfloat16)
+    sliced = torch.autograd.grad(row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4)).sum(), trained)
+    same(list(sliced), list(plain), torch.bfloat16)
 
 
 def test_autocast_does_not_narrow_the_chunks() -> None:
     teacher, frozen, rows, head, trained = heads(torch.float32)
-    wanted = row_divergence(teacher, frozen, rows, head)
+    expected = row_divergence(teacher, frozen, rows, head)
     with torch.autocast("cpu", torch.bfloat16):
         got = row_divergence(teacher, frozen, rows, head, chunk_mib=mib(4))
-        mine = torch.autograd.grad(got.sum(), trained)
-    same([got, *mine], [wanted, *torch.autograd.grad(wanted.sum(), trained)], torch.float32)
+        gradients = torch.autograd.grad(got.sum(), trained)
+    same([got, *gradients], [expected, *torch.autograd.grad(expected.sum(), trained)], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -238,9 +238,9 @@ def test_cross_entropy_equals_full_logits(dtype: torch.dtype, chunk: int, bias: 
     _, _, rows, head, trained = heads(dtype, bias, cap)
     targets = torch.arange(ROWS) % V_S
     got = cross_entropy(rows, head, targets, mib(chunk, V_S))
-    wanted = torch.nn.functional.cross_entropy(plain_logits(rows, head), targets, reduction="sum")
-    same([got], [wanted], dtype)
-    same(*(list(torch.autograd.grad(x * 0.3, trained)) for x in (got, wanted)), dtype)
+    expected = torch.nn.functional.cross_entropy(plain_logits(rows, head), targets, reduction="sum")
+    same([got], [expected], dtype)
+    same(*(list(torch.autograd.grad(x * 0.3, trained)) for x in (got, expected)), dtype)
 
 
 @given(columns=st.integers(1, 200_000), budget=st.floats(0.001, 1000))
@@ -283,6 +283,6 @@ def test_columns_beyond_the_shared_ones_do_not_count() -> None:
     teacher, student = Head(torch.randn(9, 3)), Head(torch.randn(11, 3))
     rows = torch.randn(4, 3)
     got = row_divergence(rows, teacher, rows, student, shared=6)
-    wanted = row_divergence(rows, Head(teacher.weight[:6]), rows, Head(student.weight[:6]))
-    torch.testing.assert_close(got, wanted)
+    expected = row_divergence(rows, Head(teacher.weight[:6]), rows, Head(student.weight[:6]))
+    torch.testing.assert_close(got, expected)
     assert not torch.allclose(got, row_divergence(rows, teacher, rows, student))

@@ -48,20 +48,20 @@ def test_plan_accounts_for_every_draw(samples: list[tuple[int, int, int]], draws
     drawn = torch.where(gold_too, gold[:, None], drawn)
     ribbon = plan(drawn, batch.input_ids, batch.response, tiny.EOS)
 
-    wanted: Counter[tuple[int, int, int]] = Counter()
+    expected: Counter[tuple[int, int, int]] = Counter()
     places = [(b, t + 1) for b, t in predicting(batch.response).nonzero().tolist()]
     for (b, position), tokens in zip(places, drawn.tolist(), strict=True):
-        wanted.update((b, position, token) for token in tokens if token != tiny.EOS)
-    found: Counter[tuple[int, int, int]] = Counter()
+        expected.update((b, position, token) for token in tokens if token != tiny.EOS)
+    actual: Counter[tuple[int, int, int]] = Counter()
     for b, e in ribbon.valid.nonzero().tolist():
         key = (b, int(ribbon.positions[b, e]), int(ribbon.tokens[b, e]))
-        assert key not in found, "equal draws must share a row"
+        assert key not in actual, "equal draws must share a row"
         assert key[2] != int(batch.input_ids[b, key[1]]), "a gold draw needs no row"
-        found[key] = int(ribbon.multiplicity[b, e])
+        actual[key] = int(ribbon.multiplicity[b, e])
     for b, position in (ribbon.gold > 0).nonzero().tolist():
-        found[b, position, int(batch.input_ids[b, position])] = int(ribbon.gold[b, position])
-    assert found == wanted
-    assert int(ribbon.counted) == wanted.total()
+        actual[b, position, int(batch.input_ids[b, position])] = int(ribbon.gold[b, position])
+    assert actual == expected
+    assert int(ribbon.counted) == expected.total()
 
 
 def test_masks_row_by_row() -> None:
@@ -74,9 +74,9 @@ def test_masks_row_by_row() -> None:
     for b in range(B):
         for row in range(T):
             real = bool(batch.attention_mask[b, row])
-            seen = [c for c in range(row + 1) if bool(batch.attention_mask[b, c])] if real else None
+            visible = [c for c in range(row + 1) if bool(batch.attention_mask[b, c])] if real else None
             if real:
-                assert mask[b, row].nonzero().flatten().tolist() == seen
+                assert mask[b, row].nonzero().flatten().tolist() == visible
         for e in range(E):
             prefix = list(range(int(ribbon.positions[b, e]))) if ribbon.valid[b, e] else []
             assert mask[b, T + e].nonzero().flatten().tolist() == [*prefix, T + e]
@@ -125,28 +125,28 @@ LOGITS = st.lists(st.floats(-8, 8), min_size=2, max_size=12).map(lambda x: torch
 @given(logits=LOGITS, top_p=st.floats(0.01, 0.99))
 @settings(max_examples=80, deadline=None)
 def test_top_p_keeps_the_smallest_set_that_reaches_it(logits: torch.Tensor, top_p: float) -> None:
-    p, kept = logits.softmax(-1)[0], probabilities(logits, top_p=top_p)[0]
-    inside = kept > 0
+    p, truncated = logits.softmax(-1)[0], probabilities(logits, top_p=top_p)[0]
+    inside = truncated > 0
     assert float(p[inside].sum()) >= top_p - 1e-12
     assert float(p[inside].sum() - p[inside].min()) < top_p + 1e-12, "without its least likely token it does not reach it"
     assert not (~inside).any() or float(p[inside].min()) >= float(p[~inside].max())
-    torch.testing.assert_close(kept[inside], p[inside] / p[inside].sum())
+    torch.testing.assert_close(truncated[inside], p[inside] / p[inside].sum())
 
 
 @given(logits=LOGITS, top_k=st.integers(1, 15), temperature=st.floats(0.3, 3.0))
 @settings(max_examples=60, deadline=None)
 def test_top_k_and_temperature(logits: torch.Tensor, top_k: int, temperature: float) -> None:
-    p, kept = (logits / temperature).softmax(-1)[0], probabilities(logits, temperature, top_k)[0]
-    inside = kept > 0
+    p, truncated = (logits / temperature).softmax(-1)[0], probabilities(logits, temperature, top_k)[0]
+    inside = truncated > 0
     assert int(inside.sum()) == min(top_k, len(p))
     assert float(p[inside].min()) >= float(p.sort(descending=True).values[min(top_k, len(p)) - 1])
-    torch.testing.assert_close(kept[inside], p[inside] / p[inside].sum())
+    torch.testing.assert_close(truncated[inside], p[inside] / p[inside].sum())
 
 
 def test_a_high_temperature_makes_the_likeliest_tokens_equal() -> None:
     logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    wanted = torch.zeros(20, 30).scatter(1, logits.argsort(descending=True)[:, :5], 0.2)
-    torch.testing.assert_close(probabilities(logits, temperature=1e9, top_k=5), wanted)
+    expected = torch.zeros(20, 30).scatter(1, logits.argsort(descending=True)[:, :5], 0.2)
+    torch.testing.assert_close(probabilities(logits, temperature=1e9, top_k=5), expected)
 
 
 def test_sharpened_probabilities_are_those_of_generate() -> None:
@@ -162,8 +162,8 @@ def test_sharpened_probabilities_are_those_of_generate() -> None:
 
 
 def capped(batch, drawn: torch.Tensor, keys: list[int], cap: int) -> torch.Tensor:
-    whole = (batch.input_ids, batch.attention_mask, batch.response)
-    return fit(drawn, step_priorities(batch.response, keys), *whole, tiny.EOS, cap)
+    tensors = (batch.input_ids, batch.attention_mask, batch.response)
+    return fit(drawn, step_priorities(batch.response, keys), *tensors, tiny.EOS, cap)
 
 
 @given(samples=SHAPES, draws=st.integers(1, 4), cap=st.integers(1, 30), seed=st.integers(0, 1000))
@@ -174,21 +174,21 @@ def test_a_capped_ribbon_fits_and_leaves_out_whole_steps_and_no_more_than_it_mus
     batch = tiny.batch(samples, seed)
     keys = list(range(seed, seed + len(samples)))
     drawn = torch.randint(0, 8, (int(batch.response.sum()), draws), generator=torch.Generator().manual_seed(seed))
-    kept = capped(batch, drawn, keys, cap)
-    out = (kept == LEFT_OUT).all(1)
-    assert torch.equal(kept[~out], drawn[~out]), "a step keeps all its draws or none"
-    ribbon, full = (plan(d, batch.input_ids, batch.response, tiny.EOS) for d in (kept, drawn))
-    own = batch.attention_mask.sum(1)
-    lengths, wanted = own + ribbon.valid.sum(1), own + full.valid.sum(1)
-    assert (ribbon.valid.sum(1)[own > cap] == 0).all() and (lengths[own <= cap] <= cap).all()
+    fitted = capped(batch, drawn, keys, cap)
+    out = (fitted == LEFT_OUT).all(1)
+    assert torch.equal(fitted[~out], drawn[~out]), "a step keeps all its draws or none"
+    ribbon, full = (plan(d, batch.input_ids, batch.response, tiny.EOS) for d in (fitted, drawn))
+    gold_lengths = batch.attention_mask.sum(1)
+    lengths, full_lengths = gold_lengths + ribbon.valid.sum(1), gold_lengths + full.valid.sum(1)
+    assert (ribbon.valid.sum(1)[gold_lengths > cap] == 0).all() and (lengths[gold_lengths <= cap] <= cap).all()
     owner = predicting(batch.response).nonzero()[:, 0]
     for i in range(len(samples)):
-        if wanted[i] <= cap:
+        if full_lengths[i] <= cap:
             assert not out[owner == i].any(), "what fits is kept"
-        elif own[i] <= cap:
+        elif gold_lengths[i] <= cap:
             assert out[owner == i].any() and lengths[i] > cap - draws, "the next step in line did not fit"
-    assert int(ribbon.counted) == int(((kept != LEFT_OUT) & (kept != tiny.EOS)).sum()) == int(counted(kept, tiny.EOS))
-    assert ribbon.steps_left_out == left_out(kept) == int(out.sum())
+    assert int(ribbon.counted) == int(((fitted != LEFT_OUT) & (fitted != tiny.EOS)).sum()) == int(counted(fitted, tiny.EOS))
+    assert ribbon.steps_left_out == left_out(fitted) == int(out.sum())
 
 
 def test_what_a_cap_leaves_out_depends_on_the_sample_and_its_key_alone() -> None:
@@ -196,10 +196,10 @@ def test_what_a_cap_leaves_out_depends_on_the_sample_and_its_key_alone() -> None
     drawn = torch.randint(5, tiny.VOCABULARY, (60, 3), generator=torch.Generator().manual_seed(1))
     drawn[20:40] = drawn[:20]
     batch.input_ids[1] = batch.input_ids[0]
-    kept = capped(batch, drawn, [7, 8, 9], 40)
-    assert not torch.equal(kept[:20], kept[20:40]), "another key, other steps"
-    assert torch.equal(kept[:40], capped(tiny.part(batch, 0, 2), drawn[:40], [7, 8], 40))
-    assert torch.equal(kept[40:], capped(tiny.part(batch, 2, 3), drawn[40:], [9], 40))
+    fitted = capped(batch, drawn, [7, 8, 9], 40)
+    assert not torch.equal(fitted[:20], fitted[20:40]), "another key, other steps"
+    assert torch.equal(fitted[:40], capped(tiny.part(batch, 0, 2), drawn[:40], [7, 8], 40))
+    assert torch.equal(fitted[40:], capped(tiny.part(batch, 2, 3), drawn[40:], [9], 40))
 
 
 def test_every_step_is_as_likely_to_be_left_out_by_a_cap() -> None:
@@ -214,9 +214,9 @@ def test_every_step_is_as_likely_to_be_left_out_by_a_cap() -> None:
 def test_shuffled_draws_are_those_of_another_step_of_the_answer_whatever_the_batch(seed: int) -> None:
     response = torch.tensor([[False, True, True, True, False, True, True], [False, False, True, True, False, True, False]])
     draws = torch.arange(16).view(8, 2)
-    found = shuffled(draws, response, [seed, 4])
+    permuted = shuffled(draws, response, [seed, 4])
     for answer in (slice(0, 3), slice(3, 5), slice(5, 7)):  # two answers of the first conversation, one of the second
-        assert sorted(found[answer].tolist()) == draws[answer].tolist()
-        assert not (found[answer] == draws[answer]).any()
-    assert torch.equal(found[7], draws[7])  # an answer of one step
-    assert torch.equal(found[:5], shuffled(draws[:5], response[:1], [seed]))
+        assert sorted(permuted[answer].tolist()) == draws[answer].tolist()
+        assert not (permuted[answer] == draws[answer]).any()
+    assert torch.equal(permuted[7], draws[7])  # an answer of one step
+    assert torch.equal(permuted[:5], shuffled(draws[:5], response[:1], [seed]))

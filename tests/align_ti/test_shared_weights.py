@@ -50,10 +50,10 @@ def test_gradients_are_autograds(frozen: str | None) -> None:
     layers = Layers().double()
     if frozen:
         getattr(layers, frozen).requires_grad_(False)
-    wanted = gradients(layers, sum(x.square().sum() for x in passes(layers, None)))
+    expected = gradients(layers, sum(x.square().sum() for x in passes(layers, None)))
     got = gradients(layers, sum(x.square().sum() for x in passes(layers, SharedWeights())))
-    assert len(got) == len(wanted) == 4 - {None: 0, "embedding": 1, "first": 2, "second": 1}[frozen]
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+    assert len(got) == len(expected) == 4 - {None: 0, "embedding": 1, "first": 2, "second": 1}[frozen]
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_each_weight_gets_one_gradient_and_the_second_pass_gives_none() -> None:
@@ -69,23 +69,25 @@ def test_each_weight_gets_one_gradient_and_the_second_pass_gives_none() -> None:
 def test_a_second_pass_that_comes_later_answers_for_itself() -> None:
     layers = Layers().double()
     plain, _ = passes(layers, None)
-    wanted = gradients(layers, plain.sum(), layers(MORE).sum())
+    expected = gradients(layers, plain.sum(), layers(MORE).sum())
     shared = SharedWeights()
     with shared.first:
         plain = layers(TOKENS)
     with shared.second:
         more = layers(MORE)
-    torch.testing.assert_close(gradients(layers, plain.sum(), more.sum()), wanted, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradients(layers, plain.sum(), more.sum()), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_under_autocast_both_passes_compute_with_the_narrow_weight() -> None:
     layers = Layers()
-    wanted, got = (passes(layers, shared, narrow=True) for shared in (None, SharedWeights()))
-    for one, other in zip(got, wanted, strict=True):
-        assert one.dtype == other.dtype == torch.bfloat16
-        torch.testing.assert_close(one, other)
-    ours, theirs = (gradients(layers, sum(x.float().square().sum() for x in pair)) for pair in (got, wanted))
-    torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+    expected, got = (passes(layers, shared, narrow=True) for shared in (None, SharedWeights()))
+    for output, target in zip(got, expected, strict=True):
+        assert output.dtype == target.dtype == torch.bfloat16
+        torch.testing.assert_close(output, target)
+    got_gradients, expected_gradients = (
+        gradients(layers, sum(x.float().square().sum() for x in pair)) for pair in (got, expected)
+    )
+    torch.testing.assert_close(got_gradients, expected_gradients, rtol=3e-2, atol=3e-2)
 
 
 def test_without_gradients_and_for_frozen_layers_nothing_changes() -> None:

@@ -46,8 +46,8 @@ def stock_logits(vlm: VLM, input_ids: torch.Tensor, pixels: torch.Tensor | None)
 def reference(student: VLM, teacher: VLM, b, draws: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(4,) means: docs/method.md read out sample by sample through the stock forward, one pass per drawn alternative."""
 
-    def kl(theirs: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-        p, q = theirs.softmax(-1), mine.softmax(-1)
+    def kl(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
+        p, q = teacher_logits.softmax(-1), student_logits.softmax(-1)
         return (p * (p / q).log()).sum(-1)
 
     terms: list[list[torch.Tensor]] = [[], [], [], []]
@@ -57,22 +57,24 @@ def reference(student: VLM, teacher: VLM, b, draws: torch.Tensor, weights: torch
         length = int(b.attention_mask[i].sum())
         ids = b.input_ids[i : i + 1, :length]
         pixels = next(images)[None] if b.visual[i].any() else None
-        mine = stock_logits(student, ids, pixels)[0]
+        student_logits = stock_logits(student, ids, pixels)[0]
         with torch.no_grad():
-            theirs = stock_logits(teacher, ids, pixels)[0]
+            teacher_logits = stock_logits(teacher, ids, pixels)[0]
         for t in b.response[i].nonzero().flatten().tolist():
-            terms[0].append(-mine[t - 1].log_softmax(-1)[ids[0, t]])
-            terms[1].append(kl(theirs[t - 1], mine[t - 1]))
+            terms[0].append(-student_logits[t - 1].log_softmax(-1)[ids[0, t]])
+            terms[1].append(kl(teacher_logits[t - 1], student_logits[t - 1]))
             for token in next(rows):
                 if token == tiny.EOS:
                     continue
                 changed = torch.cat([ids[:, :t], torch.tensor([[token]])], dim=1)
-                after = stock_logits(student, changed, pixels)[0, -1]
+                student_after = stock_logits(student, changed, pixels)[0, -1]
                 with torch.no_grad():
-                    wanted = stock_logits(teacher, changed, pixels)[0, -1]
-                terms[3].append(kl(wanted, after))
+                    teacher_after = stock_logits(teacher, changed, pixels)[0, -1]
+                terms[3].append(kl(teacher_after, student_after))
         if pixels is not None:
-            terms[2].append(sum(next(spread) * kl(theirs[t], mine[t]) for t in b.visual[i].nonzero().flatten().tolist()))
+            terms[2].append(
+                sum(next(spread) * kl(teacher_logits[t], student_logits[t]) for t in b.visual[i].nonzero().flatten().tolist())
+            )
     return torch.stack([torch.stack(term).mean() for term in terms])
 
 
@@ -99,13 +101,13 @@ def test_step_equals_separate_forward_passes(family: str, route: str) -> None:
     spread = torch.cat([row / row.sum() for row in attention if row.sum() > 0])
 
     terms = step(student, teacher, route=route)(b, KEYS, draws)
-    wanted = reference(student, teacher, b, draws, spread)
-    torch.testing.assert_close(terms.sums / terms.counts, wanted, rtol=1e-9, atol=1e-11)
+    means = reference(student, teacher, b, draws, spread)
+    torch.testing.assert_close(terms.sums / terms.counts, means, rtol=1e-9, atol=1e-11)
 
     weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
-    mine = gradients(student, total(terms.sums, terms.counts, weights))
-    theirs = gradients(student, (weights * wanted).sum())
-    for got, expected in zip(mine, theirs, strict=True):
+    step_gradients = gradients(student, total(terms.sums, terms.counts, weights))
+    reference_gradients = gradients(student, (weights * means).sum())
+    for got, expected in zip(step_gradients, reference_gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)  # RMSNorm is float32 inside
 
 
@@ -118,11 +120,11 @@ def test_ribbon_rows_equal_separate_passes_and_gold_rows_are_untouched(family: s
     with torch.no_grad():
         plain, cache = vlm.plain(b, features, keep=True)
         continued = vlm.continued(cache, ribbon.tokens, ribbon.positions, continuation_mask(ribbon, b.attention_mask))
-        whole = vlm.expanded(b, features, ribbon.tokens, ribbon.positions, expanded_mask(ribbon, b.attention_mask))
+        expanded = vlm.expanded(b, features, ribbon.tokens, ribbon.positions, expanded_mask(ribbon, b.attention_mask))
         T = b.input_ids.shape[1]
         real = b.attention_mask.bool()
-        torch.testing.assert_close(whole[:, :T][real], plain[real], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(whole[:, T:][ribbon.valid], continued[ribbon.valid], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(expanded[:, :T][real], plain[real], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(expanded[:, T:][ribbon.valid], continued[ribbon.valid], rtol=1e-10, atol=1e-12)
         images = (b.visual.any(1).cumsum(0) - 1).tolist()
         for i, e in ribbon.valid.nonzero().tolist():
             position = int(ribbon.positions[i, e])
@@ -147,22 +149,22 @@ def test_identical_teacher_and_student_have_nothing_to_align(route: str) -> None
 def test_a_ribbon_that_leaves_its_rows_takes_the_same_step(
     family: str, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    results = []
     for least in (0, 10**9):
         monkeypatch.setattr("components.align_ti.step.SHARED_FROM", least)
         student, teacher = pair(family)
         terms = step(student, teacher, weights=dict(zip(CORE, weights, strict=True)))(batch(), KEYS)
         assert terms.ribbon_rows > 0
         loss = total(terms.sums, terms.counts, torch.tensor(weights, dtype=torch.float64))
-        seen.append((terms.sums.detach(), *gradients(student, loss)))
-    for got, wanted in zip(*seen, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+        results.append((terms.sums.detach(), *gradients(student, loss)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("flex_on_a_cpu")
 def test_flex_attention_takes_the_same_step(family: str) -> None:
-    seen = []
+    results = []
     for flexes in (False, True):
         student, teacher = pair(family)
         student.train()
@@ -171,15 +173,15 @@ def test_flex_attention_takes_the_same_step(family: str) -> None:
         terms = step(student, teacher, route="expanded")(batch(), KEYS)
         assert terms.ribbon_rows > 0
         weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
-        seen.append((terms.sums.detach(), *gradients(student, total(terms.sums, terms.counts, weights))))
-    for got, wanted in zip(*seen, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+        results.append((terms.sums.detach(), *gradients(student, total(terms.sums, terms.counts, weights))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels, forward and backward, are for a GPU")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flex_attention_compiled_on_a_gpu(family: str) -> None:
-    seen = []
+    results = []
     b = batch(torch.float32).to(torch.device("cuda"))
     for flexes in (False, True):
         # Its kernels take heads of 16 and more.
@@ -187,9 +189,9 @@ def test_flex_attention_compiled_on_a_gpu(family: str) -> None:
         if flexes:
             student.flex()
         terms = step(student, teacher, route="expanded")(b, KEYS)
-        seen.append((terms.sums.detach(), *gradients(student, total(terms.sums, terms.counts, terms.sums.new_ones(4)))))
-    for got, wanted in zip(*seen, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-3)  # TF32 inside
+        results.append((terms.sums.detach(), *gradients(student, total(terms.sums, terms.counts, terms.sums.new_ones(4)))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)  # TF32 inside
 
 
 @pytest.mark.parametrize(
@@ -201,10 +203,10 @@ def test_routes_agree_on_what_is_drawn(options: dict, source: str) -> None:
     student, teacher = pair("qwen2")
     b = batch()
     routes = ("continuation", "expanded")
-    one, other = (step(student, teacher, route=route, source=source, **options)(b, KEYS) for route in routes)
-    assert one.counts.tolist() == other.counts.tolist() and one.ribbon_rows == other.ribbon_rows > 0
-    assert one.steps_left_out == other.steps_left_out and bool(one.steps_left_out) == bool(options)
-    torch.testing.assert_close(one.sums, other.sums)
+    continued, expanded = (step(student, teacher, route=route, source=source, **options)(b, KEYS) for route in routes)
+    assert continued.counts.tolist() == expanded.counts.tolist() and continued.ribbon_rows == expanded.ribbon_rows > 0
+    assert continued.steps_left_out == expanded.steps_left_out and bool(continued.steps_left_out) == bool(options)
+    torch.testing.assert_close(continued.sums, expanded.sums)
 
 
 OPTIONS = {"draw_temperature": 1.5, "top_k": 12, "top_p": 0.9, "max_expanded_length": 16}
@@ -216,29 +218,29 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(split: list[int], option
     student, teacher = pair("qwen3")
     module = step(student, teacher, **options)
     weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
-    whole = module(batch(), KEYS)
-    wanted_loss = total(whole.sums, whole.counts, weights)
-    wanted = gradients(student, wanted_loss)
+    full = module(batch(), KEYS)
+    expected_loss = total(full.sums, full.counts, weights)
+    expected_gradients = gradients(student, expected_loss)
 
     start, parts = 0, []
-    made = batch()
+    full_batch = batch()
     for size in split:
-        parts.append((tiny.part(made, start, start + size), KEYS[start : start + size]))
+        parts.append((tiny.part(full_batch, start, start + size), KEYS[start : start + size]))
         start += size
     draws = [module.draw(part, keys) for part, keys in parts]
-    assert sum(left_out(drawn) for drawn in draws) == whole.steps_left_out
-    assert bool(whole.steps_left_out) == bool(options)
+    assert sum(left_out(drawn) for drawn in draws) == full.steps_left_out
+    assert bool(full.steps_left_out) == bool(options)
     counts = sum(module.count(part, drawn) for (part, _), drawn in zip(parts, draws, strict=True))
-    assert counts.tolist() == whole.counts.tolist()
+    assert counts.tolist() == full.counts.tolist()
     student.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
     for (part, keys), drawn in zip(parts, draws, strict=True):
         share = total(module(part, keys, drawn).sums, counts, weights)
         share.backward()
         loss += share.detach()
-    torch.testing.assert_close(loss, wanted_loss.detach(), rtol=1e-10, atol=1e-12)
-    found = [p.grad for p in student.parameters() if p.grad is not None]
-    for got, expected in zip(found, wanted, strict=True):
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-10, atol=1e-12)
+    accumulated = [p.grad for p in student.parameters() if p.grad is not None]
+    for got, expected in zip(accumulated, expected_gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)  # RMSNorm is float32 inside
 
 
@@ -258,8 +260,8 @@ def test_sharing_the_tower_changes_nothing() -> None:
     student, teacher = pair("qwen2")
     student.model.model.vision_tower.requires_grad_(False)
     teacher.model.model.vision_tower.load_state_dict(student.model.model.vision_tower.state_dict())
-    one, other = (step(student, teacher, shared)(batch(), KEYS) for shared in (True, False))
-    torch.testing.assert_close(one.sums, other.sums, rtol=1e-6, atol=1e-7)
+    with_sharing, without = (step(student, teacher, shared)(batch(), KEYS) for shared in (True, False))
+    torch.testing.assert_close(with_sharing.sums, without.sums, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("source", ["student", "teacher", "gold"])
@@ -300,24 +302,24 @@ def test_uniform_weights_are_a_plain_mean_over_visual_rows() -> None:
 def test_a_cap_counts_what_it_keeps_and_does_not_touch_the_other_terms() -> None:
     student, teacher = pair("qwen2")
     b = batch()
-    whole, some, none = (step(student, teacher, max_expanded_length=cap)(b, KEYS) for cap in (1000, 16, 1))
-    assert whole.steps_left_out == 0 < some.steps_left_out < none.steps_left_out == int(b.response.sum())
-    assert whole.counts[3] > some.counts[3] > none.counts[3] == 0 and none.sums[3] == 0 == none.ribbon_rows
+    uncapped, some, none = (step(student, teacher, max_expanded_length=cap)(b, KEYS) for cap in (1000, 16, 1))
+    assert uncapped.steps_left_out == 0 < some.steps_left_out < none.steps_left_out == int(b.response.sum())
+    assert uncapped.counts[3] > some.counts[3] > none.counts[3] == 0 and none.sums[3] == 0 == none.ribbon_rows
     for capped in (some, none):
-        torch.testing.assert_close(capped.sums[:3], whole.sums[:3])
-        assert capped.counts[:3].tolist() == whole.counts[:3].tolist()
+        torch.testing.assert_close(capped.sums[:3], uncapped.sums[:3])
+        assert capped.counts[:3].tolist() == uncapped.counts[:3].tolist()
 
 
 def test_tiny_chunks_change_nothing() -> None:
     student, teacher = pair("qwen2")
     weights = torch.ones(4, dtype=torch.float64)
-    found = []
+    results = []
     for chunk_mib in (40.0, 3 * tiny.VOCABULARY * 4 / 2**20):
         terms = step(student, teacher, chunk_mib=chunk_mib)(batch(), KEYS)
-        found.append((terms.sums.detach(), gradients(student, total(terms.sums, terms.counts, weights))))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-12)
-    for one, other in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # RMSNorm is float32 inside
+        results.append((terms.sums.detach(), gradients(student, total(terms.sums, terms.counts, weights))))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-12)
+    for gradient, expected in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)  # RMSNorm is float32 inside
 
 
 def test_total_divides_each_term_by_its_own_count_and_survives_a_term_without_units() -> None:
@@ -416,9 +418,9 @@ def test_gradient_of_each_term_by_finite_differences(term: str, route: str) -> N
     moved = [p for p in student.parameters() if p.grad is not None]
     stream = torch.Generator().manual_seed(5)
     direction = [torch.randn(p.shape, generator=stream, dtype=p.dtype) * p.detach().abs().mean() for p in moved]
-    wanted = float(sum((p.grad * d).sum() for p, d in zip(moved, direction, strict=True)))
+    analytic = float(sum((p.grad * d).sum() for p, d in zip(moved, direction, strict=True)))
 
-    def at(shift: float) -> float:
+    def loss_at(shift: float) -> float:
         with torch.no_grad():
             for p, d in zip(moved, direction, strict=True):
                 p.add_(d, alpha=shift)
@@ -427,5 +429,5 @@ def test_gradient_of_each_term_by_finite_differences(term: str, route: str) -> N
                 p.sub_(d, alpha=shift)
         return value
 
-    found = (at(1e-4) - at(-1e-4)) / 2e-4
-    assert found == pytest.approx(wanted, rel=5e-3, abs=1e-3)
+    numeric = (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4
+    assert numeric == pytest.approx(analytic, rel=5e-3, abs=1e-3)

@@ -47,12 +47,12 @@ KEYS = [11, 12, 13, 14]
 ROUTES = ["continuation", "expanded"]
 PROGRESS = 0.1
 
-Found = dict[str, tuple[Tensor, Tensor, list[Tensor]]]
+RankResults = dict[str, tuple[Tensor, Tensor, list[Tensor]]]
 
 
 @dataclass
-class Whole:
-    """Everything that a plain formula may want: logits (B, T, V) of both models, the batch, the teacher's attention."""
+class FormulaInputs:
+    """What a plain formula reads: logits (B, T, V) of both models, the batch, the teacher's attention."""
 
     batch: Any
     student: Tensor
@@ -77,94 +77,94 @@ class Whole:
         return outputs
 
 
-def _sft(whole: Whole) -> Tensor:
-    gold = whole.batch.input_ids[:, 1:][whole.batch.response[:, 1:]]
-    return -whole.student[predicting(whole.batch.response)].log_softmax(-1)[range(len(gold)), gold].sum()
+def _sft(inputs: FormulaInputs) -> Tensor:
+    gold = inputs.batch.input_ids[:, 1:][inputs.batch.response[:, 1:]]
+    return -inputs.student[predicting(inputs.batch.response)].log_softmax(-1)[range(len(gold)), gold].sum()
 
 
-def _kd(whole: Whole) -> Tensor:
-    return whole.kl(predicting(whole.batch.response)).sum()
+def _kd(inputs: FormulaInputs) -> Tensor:
+    return inputs.kl(predicting(inputs.batch.response)).sum()
 
 
-def _weighted_kd(name: str, whole: Whole) -> Tensor:
-    rows = predicting(whole.batch.response)
-    p, q = whole.teacher[rows].softmax(-1), whole.student[rows].softmax(-1).detach()
-    gold = whole.batch.input_ids[:, 1:][whole.batch.response[:, 1:]]
+def _weighted_kd(name: str, inputs: FormulaInputs) -> Tensor:
+    rows = predicting(inputs.batch.response)
+    p, q = inputs.teacher[rows].softmax(-1), inputs.student[rows].softmax(-1).detach()
+    gold = inputs.batch.input_ids[:, 1:][inputs.batch.response[:, 1:]]
     unsure, doubts = (-(x * x.log()).sum(-1) / math.log(x.shape[-1]) for x in (q, p))
     weights = {
         "entropy": doubts,
         "certainty": (-doubts).exp(),
         "confidence": 1 - p[range(len(gold)), gold],
         "unsure": unsure,
-        "divergence": whole.kl(rows).detach(),
+        "divergence": inputs.kl(rows).detach(),
         "accepted": torch.tensor(
             [1 if int(b.argmax()) in a.topk(5).indices.tolist() else 0.01 for a, b in zip(p, q, strict=True)]
         ),
     }
-    return (weights[name] * whole.kl(rows)).sum()
+    return (weights[name] * inputs.kl(rows)).sum()
 
 
-def _kd_of_top(whole: Whole) -> Tensor:
+def _kd_of_top(inputs: FormulaInputs) -> Tensor:
     """Of each answer of R rows the ceil(R / 2) of which the student is least sure, R / so many times each."""
     losses = []
     for sample in range(len(SAMPLES)):
-        rows = predicting(whole.batch.response[sample : sample + 1])[0]
-        q = whole.student[sample][rows].softmax(-1).detach()
-        kl = whole.kl(torch.arange(len(SAMPLES))[:, None].eq(sample) & rows)
+        rows = predicting(inputs.batch.response[sample : sample + 1])[0]
+        q = inputs.student[sample][rows].softmax(-1).detach()
+        kl = inputs.kl(torch.arange(len(SAMPLES))[:, None].eq(sample) & rows)
         top = (-(q * q.log()).sum(-1)).topk(math.ceil(len(q) / 2)).indices
         losses.append(kl[top].mean() * len(q))
     return torch.stack(losses).sum()
 
 
-def _iva(whole: Whole) -> Tensor:
-    return (visual_weights(whole.attention, whole.batch.pictures) * whole.kl(whole.batch.visual)).sum()
+def _iva(inputs: FormulaInputs) -> Tensor:
+    return (visual_weights(inputs.attention, inputs.batch.pictures) * inputs.kl(inputs.batch.visual)).sum()
 
 
-def _labels(whole: Whole) -> Tensor:
-    rows = predicting(whole.batch.response)
-    return F.cross_entropy(whole.student[rows], whole.teacher[rows].argmax(-1), reduction="sum")
+def _labels(inputs: FormulaInputs) -> Tensor:
+    rows = predicting(inputs.batch.response)
+    return F.cross_entropy(inputs.student[rows], inputs.teacher[rows].argmax(-1), reduction="sum")
 
 
-def _iva_by(name: str, whole: Whole) -> Tensor:
+def _iva_by(name: str, inputs: FormulaInputs) -> Tensor:
     losses = []
-    for sample in whole.batch.visual.any(1).nonzero()[:, 0].tolist():
-        rows = torch.arange(len(whole.batch.visual))[:, None].eq(sample) & whole.batch.visual
-        p, kl = whole.teacher[rows].softmax(-1), whole.kl(rows)
+    for sample in inputs.batch.visual.any(1).nonzero()[:, 0].tolist():
+        rows = torch.arange(len(inputs.batch.visual))[:, None].eq(sample) & inputs.batch.visual
+        p, kl = inputs.teacher[rows].softmax(-1), inputs.kl(rows)
         weights = kl.detach() if name == "divergence" else -(p * p.log()).sum(-1)
         losses.append((weights / weights.sum() * kl).sum())
     return torch.stack(losses).sum()
 
 
-def _uniform(whole: Whole) -> Tensor:
-    return (whole.kl(whole.batch.visual) / tiny.NV).sum()
+def _uniform(inputs: FormulaInputs) -> Tensor:
+    return (inputs.kl(inputs.batch.visual) / tiny.NV).sum()
 
 
-def _attention(whole: Whole) -> Tensor:
-    mine, theirs = (output.attentions for output in whole.stock("eager"))
+def _attention(inputs: FormulaInputs) -> Tensor:
+    student, teacher = (output.attentions for output in inputs.stock("eager"))
     losses = []
-    for sample, layer_rows in product(whole.batch.visual.any(1).nonzero()[:, 0].tolist(), MAPS):
-        rows, columns = getattr(whole.batch, layer_rows.rows)[sample], whole.batch.visual[sample]
-        a, b = (maps[layer_rows.layer][sample].mean(0)[rows][:, columns] for maps in (mine, theirs))
+    for sample, layer_rows in product(inputs.batch.visual.any(1).nonzero()[:, 0].tolist(), MAPS):
+        rows, columns = getattr(inputs.batch, layer_rows.rows)[sample], inputs.batch.visual[sample]
+        a, b = (maps[layer_rows.layer][sample].mean(0)[rows][:, columns] for maps in (student, teacher))
         a, b = (a.flatten(), b.flatten()) if layer_rows.each_row else (a.mean(0), b.mean(0))
         losses.append(1 - (a @ b) / (a.norm() * b.norm()))
     return torch.stack(losses).sum() / len(MAPS)
 
 
-def _hidden(whole: Whole) -> Tensor:
-    mine, theirs = whole.stock()
-    (projection,) = whole.module.term_modules.parameters()
-    rows = whole.batch.visual
-    return ((mine.hidden_states[1] @ projection.T - theirs.hidden_states[2])[rows] ** 2).mean(-1).sum() / tiny.NV
+def _hidden(inputs: FormulaInputs) -> Tensor:
+    student, teacher = inputs.stock()
+    (projection,) = inputs.module.term_modules.parameters()
+    rows = inputs.batch.visual
+    return ((student.hidden_states[1] @ projection.T - teacher.hidden_states[2])[rows] ** 2).mean(-1).sum() / tiny.NV
 
 
-def _blind(whole: Whole) -> Tensor:
-    blind = whole.stock(pixel_values=torch.zeros_like(whole.batch.pixel_values))
+def _blind(inputs: FormulaInputs) -> Tensor:
+    blind = inputs.stock(pixel_values=torch.zeros_like(inputs.batch.pixel_values))
     losses = []
-    for sample in whole.batch.visual.any(1).nonzero()[:, 0].tolist():
-        real = whole.batch.attention_mask[sample].bool()
+    for sample in inputs.batch.visual.any(1).nonzero()[:, 0].tolist():
+        real = inputs.batch.attention_mask[sample].bool()
         moves = [
             (seeing.hidden_states[-1] - blank.hidden_states[-1])[sample][real].norm()
-            for seeing, blank in zip(whole.stock(), blind, strict=True)
+            for seeing, blank in zip(inputs.stock(), blind, strict=True)
         ]
         losses.append((moves[0] - moves[1]) ** 2)
     return PROGRESS * torch.stack(losses).sum()
@@ -175,7 +175,7 @@ class Case:
     """One term with options."""
 
     term: str
-    formula: Callable[[Whole], Tensor] | None  # None: its reference is one pass per alternative, in test_step.py
+    formula: Callable[[FormulaInputs], Tensor] | None  # None: its reference is one pass per alternative, in test_step.py
     options: dict[str, Any] = field(default_factory=dict)
     highest: float = float("inf")  # of its mean
     aligned: float | None = 0.0  # its mean where the student is the teacher; None: whatever it is
@@ -190,7 +190,7 @@ CASES = {
         f"kd by {name}": Case("kd", partial(_weighted_kd, name), {"row_weight": name}, held=name in ("unsure", "divergence"))
         for name in ROW_WEIGHTS
     },
-    "kd pooled": Case("kd", lambda whole: _kd(whole) + whole.kl(whole.batch.visual).sum(), {"pooled": True}),
+    "kd pooled": Case("kd", lambda inputs: _kd(inputs) + inputs.kl(inputs.batch.visual).sum(), {"pooled": True}),
     "kd against labels": Case("kd", _labels, {"divergence": {"kind": "argmax", "mix": 0.5, "temperature": 1.0}}, aligned=None),
     "kd of top rows": Case("kd", _kd_of_top, {"row_weight": "unsure", "top": 0.5}),
     "kd jsd": Case("kd", None, {"divergence": {"kind": "jsd", "mix": 0.5, "temperature": 1.0}}, highest=0.6932),
@@ -267,13 +267,13 @@ def test_every_term_has_a_case() -> None:
 def test_the_table_of_the_docs_is_what_the_cases_say() -> None:
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text().partition("## What the tests hold")[2]
     rows = {cells[1].strip(" `"): cells for line in text.splitlines() if len(cells := line.split("|")) > 9}
-    told = {name: cells[7].strip() for name, cells in rows.items() if name in terms.names()}
-    assert set(told) == {*terms.names()}
+    cache_support = {name: cells[7].strip() for name, cells in rows.items() if name in terms.names()}
+    assert set(cache_support) == {*terms.names()}
     killed = {*terms.CORE, *(term for arm in FIELD.values() for term in arm["weights"])}
-    for name, said in told.items():
+    for name, support in cache_support.items():
         needs = terms.term_class(name)().needs
         served = "live" if needs.live_teacher else "yes" if needs.teacher else "its own" if needs.edits else "none needed"
-        assert said.partition(",")[0] == served, name
+        assert support.partition(",")[0] == served, name
         assert [cell.strip() for cell in rows[name][3:7]] == ["yes"] * 4, name  # the tests below run every case
         assert int(re.findall(r"\d+", rows[name][8])[0]) == len(toy.FAMILIES) - (name == "relation"), name
         assert rows[name][9].strip() == ("yes" if name in killed else "stopped"), name
@@ -291,35 +291,35 @@ def pair(dtype: torch.dtype = torch.float64, family: str = "qwen2") -> tuple[VLM
 
 
 def batch(samples: list[tuple[int, int, int]] = SAMPLES, dtype: torch.dtype = torch.float64) -> Any:
-    made = tiny.batch(samples, dtype=dtype)
-    dependence = torch.rand(made.response.shape, generator=torch.Generator().manual_seed(4), dtype=dtype) * made.response
-    return replace(made, edits=edits(made, samples, dtype), dependence=dependence)
+    plain = tiny.batch(samples, dtype=dtype)
+    dependence = torch.rand(plain.response.shape, generator=torch.Generator().manual_seed(4), dtype=dtype) * plain.response
+    return replace(plain, edits=edits(plain, samples, dtype), dependence=dependence)
 
 
 def edits(b: Any, samples: list[tuple[int, int, int]], dtype: torch.dtype) -> Edits | None:
     """Of the samples with an image and an answer, some tokens of which are those of a batch by another seed."""
-    places = [place for place, (images, _, R) in enumerate(samples) if images and R]
-    if not places:
+    indices = [index for index, (images, _, R) in enumerate(samples) if images and R]
+    if not indices:
         return None
-    shown = [samples[place] for place in places]
-    own, other = (tiny.batch(shown, seed, dtype) for seed in (0, 9))
-    T = own.response.shape[1]
-    own = replace(  # as they stand in the whole batch
-        own,
-        ids=[b.ids[place] for place in places],
-        input_ids=b.input_ids[places][:, :T],
-        attention_mask=b.attention_mask[places][:, :T],
-        pixel_values=b.pixel_values[[sum(images for images, _, _ in samples[:place]) for place in places]],
+    chosen = [samples[index] for index in indices]
+    original, donor = (tiny.batch(chosen, seed, dtype) for seed in (0, 9))
+    T = original.response.shape[1]
+    original = replace(  # as they stand in the whole batch
+        original,
+        ids=[b.ids[index] for index in indices],
+        input_ids=b.input_ids[indices][:, :T],
+        attention_mask=b.attention_mask[indices][:, :T],
+        pixel_values=b.pixel_values[[sum(images for images, _, _ in samples[:index]) for index in indices]],
     )
-    other = replace(other, input_ids=torch.where(own.instruction, other.input_ids, own.input_ids))
+    donor = replace(donor, input_ids=torch.where(original.instruction, donor.input_ids, original.input_ids))
     stream = torch.Generator().manual_seed(3)
-    kept = torch.rand(own.input_ids.shape, generator=stream) < 0.5
-    kept |= ~(own.instruction | own.visual)
-    effect = torch.tensor([place % 2 == 0 for place in places])
-    rows = int(own.response.sum())
+    keep = torch.rand(original.input_ids.shape, generator=stream) < 0.5
+    keep |= ~(original.instruction | original.visual)
+    effect = torch.tensor([index % 2 == 0 for index in indices])
+    rows = int(original.response.sum())
     tokens = torch.stack([torch.randperm(tiny.VOCABULARY, generator=stream)[:3] for _ in range(rows)])
     whole, without = torch.rand(2, rows, 4, generator=stream, dtype=dtype).softmax(-1)
-    return Edits(own, other, kept.to(dtype), torch.tensor(places), effect, tokens, whole, without)
+    return Edits(original, donor, keep.to(dtype), torch.tensor(indices), effect, tokens, whole, without)
 
 
 def step(student: VLM, teacher: VLM | None, case: Case, signals: Any = None, **options: Any) -> AlignTI:
@@ -335,9 +335,9 @@ def of(module: AlignTI, case: Case) -> int:
     return list(module.method.terms).index(case.term)
 
 
-def loss(module: AlignTI, b: Any, **how: Any) -> Tensor:
-    found = module(b, how.pop("keys", KEYS), **how)
-    return total(found.sums, found.counts, module.method.weight_vector())
+def loss(module: AlignTI, b: Any, **options: Any) -> Tensor:
+    outputs = module(b, options.pop("keys", KEYS), **options)
+    return total(outputs.sums, outputs.counts, module.method.weight_vector())
 
 
 def gradients(module: AlignTI, value: Tensor) -> list[Tensor]:
@@ -346,9 +346,9 @@ def gradients(module: AlignTI, value: Tensor) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
 
 
-def same(ones: list[Tensor], others: list[Tensor], **how: float) -> None:
-    for one, other in zip(ones, others, strict=True):
-        torch.testing.assert_close(one, other, **({"rtol": 1e-4, "atol": 1e-7} | how))  # RMSNorm is float32 inside
+def same(actual: list[Tensor], expected: list[Tensor], **tolerances: float) -> None:
+    for value, target in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, target, **({"rtol": 1e-4, "atol": 1e-7} | tolerances))  # RMSNorm is float32 inside
 
 
 def test_it_equals_its_plain_formula(case: Case) -> None:
@@ -359,12 +359,14 @@ def test_it_equals_its_plain_formula(case: Case) -> None:
     module = step(student, teacher, case)
     probe = AttentionProbe.from_masks(b.instruction, b.pictures)
     with torch.no_grad(), probing(teacher.model, [1], probe):
-        theirs, _ = teacher.plain(b, teacher.features(b), keep=False)
-    mine, _ = student.plain(b, student.features(b), keep=False)
-    wanted = case.formula(Whole(b, student.head(mine), teacher.head(theirs), probe.maps[1], module, (student, teacher)))
-    found = module(b, KEYS)
-    torch.testing.assert_close(found.sums[of(module, case)], wanted, rtol=case.rtol, atol=1e-12)
-    same(gradients(module, found.sums[of(module, case)]), gradients(module, wanted))
+        teacher_hidden, _ = teacher.plain(b, teacher.features(b), keep=False)
+    student_hidden, _ = student.plain(b, student.features(b), keep=False)
+    expected = case.formula(
+        FormulaInputs(b, student.head(student_hidden), teacher.head(teacher_hidden), probe.maps[1], module, (student, teacher))
+    )
+    outputs = module(b, KEYS)
+    torch.testing.assert_close(outputs.sums[of(module, case)], expected, rtol=case.rtol, atol=1e-12)
+    same(gradients(module, outputs.sums[of(module, case)]), gradients(module, expected))
 
 
 def test_the_risk_of_an_answer_ends_where_the_next_question_begins() -> None:
@@ -372,9 +374,11 @@ def test_the_risk_of_an_answer_ends_where_the_next_question_begins() -> None:
     b, case = batch([(1, 3, 6)]), CASES["hybrid of risk"]
     b.response[0, int(b.response[0].nonzero()[2])] = False  # two answers, of two and of three tokens
     module = step(student, teacher, case)
-    mine, theirs = (vlm.plain(b, vlm.features(b), keep=False)[0] for vlm in (student, teacher))
-    whole = Whole(b, student.head(mine), teacher.head(theirs), mine, module, (student, teacher))
-    torch.testing.assert_close(module(b, KEYS[:1]).sums[of(module, case)], field_terms.hybrid(whole, risk=0.1))
+    student_hidden, teacher_hidden = (vlm.plain(b, vlm.features(b), keep=False)[0] for vlm in (student, teacher))
+    inputs = FormulaInputs(
+        b, student.head(student_hidden), teacher.head(teacher_hidden), student_hidden, module, (student, teacher)
+    )
+    torch.testing.assert_close(module(b, KEYS[:1]).sums[of(module, case)], field_terms.hybrid(inputs, risk=0.1))
 
 
 def test_random_layers_are_as_many_as_the_middle_ones_and_the_same_each_time() -> None:
@@ -409,7 +413,7 @@ def test_its_gradient_by_finite_differences(case: Case, route: str) -> None:
     stream = torch.Generator().manual_seed(5)
     direction = [torch.randn(p.shape, generator=stream, dtype=p.dtype) * p.detach().abs().mean() for p in module.parameters()]
 
-    def at(shift: float) -> float:
+    def loss_at(shift: float) -> float:
         with torch.no_grad():
             for p, d in zip(module.parameters(), direction, strict=True):
                 p.add_(d, alpha=shift)
@@ -419,30 +423,30 @@ def test_its_gradient_by_finite_differences(case: Case, route: str) -> None:
         return value
 
     slope = float(sum((g * d).sum() for g, d in zip(slopes, direction, strict=True)))
-    assert (at(1e-4) - at(-1e-4)) / 2e-4 == pytest.approx(slope, rel=2e-2, abs=1e-3)
+    assert (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4 == pytest.approx(slope, rel=2e-2, abs=1e-3)
 
 
 @pytest.mark.parametrize("split", [[1, 3], [1, 1, 1, 1]])
 def test_it_does_not_depend_on_how_the_batch_is_split(case: Case, split: list[int]) -> None:
     student, teacher = pair()
-    module, whole = step(student, teacher, case), batch()
-    found = module(whole, KEYS)
-    wanted = gradients(module, total(found.sums, found.counts, module.method.weight_vector()))
-    parts = list(pieces(whole, split))
+    module, full = step(student, teacher, case), batch()
+    outputs = module(full, KEYS)
+    expected = gradients(module, total(outputs.sums, outputs.counts, module.method.weight_vector()))
+    parts = list(pieces(full, split))
     draws = [module.draw(b, keys) if module.method.needs.ribbon else None for b, keys in parts]
     counts = sum(module.count(b, drawn) for (b, _), drawn in zip(parts, draws, strict=True))
-    assert counts.tolist() == found.counts.tolist()
+    assert counts.tolist() == outputs.counts.tolist()
     shares = [module(b, keys, drawn).sums for (b, keys), drawn in zip(parts, draws, strict=True)]
-    torch.testing.assert_close(sum(shares), found.sums, rtol=1e-9, atol=1e-12)
-    same(gradients(module, total(sum(shares), counts, module.method.weight_vector())), wanted)
+    torch.testing.assert_close(sum(shares), outputs.sums, rtol=1e-9, atol=1e-12)
+    same(gradients(module, total(sum(shares), counts, module.method.weight_vector())), expected)
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> RankResults:
     """Of every case: sums and counts over both ranks, and gradients."""
     folder = tmp_path_factory.mktemp("ranks")
     spawn(_rank, (str(folder),), nprocs=2)
-    results: Found = torch.load(folder / "found.pt")
+    results: RankResults = torch.load(folder / "found.pt")
     return results
 
 
@@ -471,7 +475,7 @@ def _step(rank: int, case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_give_what_one_process_does(name: str, on_two_ranks: Found) -> None:
+def test_two_ranks_give_what_one_process_does(name: str, on_two_ranks: RankResults) -> None:
     """The first of them without an image, so that it has no units of some terms."""
     module = step(*pair(), CASES[name])
     alone = module(batch(TEXT_FIRST), KEYS)
@@ -489,23 +493,25 @@ def pieces(b: Any, split: list[int]) -> Any:
         start += size
 
 
-def part_of(whole: Edits, start: int, size: int) -> Edits | None:
+def part_of(full: Edits, start: int, size: int) -> Edits | None:
     """Edits of a piece of the batch."""
-    here = [row for row, place in enumerate(whole.indices.tolist()) if start <= place < start + size]
-    if not here:
+    inside = [row for row, index in enumerate(full.indices.tolist()) if start <= index < start + size]
+    if not inside:
         return None
-    both = (tiny.part(b, here[0], here[-1] + 1) for b in (whole.batch, whole.donor))
-    rows = torch.isin(whole.batch.response.nonzero()[:, 0], torch.tensor(here))
-    per_row = (getattr(whole, name)[rows] for name in ("tokens", "whole", "without"))
-    return Edits(*both, whole.keep[here], whole.indices[here] - start, whole.effect[here], *per_row)
+    both = (tiny.part(b, inside[0], inside[-1] + 1) for b in (full.batch, full.donor))
+    rows = torch.isin(full.batch.response.nonzero()[:, 0], torch.tensor(inside))
+    per_row = (getattr(full, name)[rows] for name in ("tokens", "whole", "without"))
+    return Edits(*both, full.keep[inside], full.indices[inside] - start, full.effect[inside], *per_row)
 
 
 def test_chunks_change_nothing(case: Case) -> None:
     student, teacher = pair()
-    whole, chunked = (step(student, teacher, case, **how) for how in ({}, {"chunk_mib": 3 * tiny.VOCABULARY * 4 / 2**20}))
-    values = [loss(module, batch()) for module in (whole, chunked)]
+    plain, chunked = (
+        step(student, teacher, case, **options) for options in ({}, {"chunk_mib": 3 * tiny.VOCABULARY * 4 / 2**20})
+    )
+    values = [loss(module, batch()) for module in (plain, chunked)]
     torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
-    same(gradients(whole, values[0]), gradients(chunked, values[1]))
+    same(gradients(plain, values[0]), gradients(chunked, values[1]))
 
 
 def test_bf16_changes_it_little(case: Case) -> None:
@@ -528,19 +534,19 @@ def test_bf16_changes_it_little(case: Case) -> None:
 def test_without_units_it_is_zero_and_has_a_graph(case: Case, samples: list[tuple[int, int, int]], route: str) -> None:
     student, teacher = pair()
     module = step(student, teacher, case, route=route)
-    found = module(batch(samples), [7])
-    at = of(module, case)
-    assert found.sums[at].isfinite() and found.sums[at].requires_grad
-    if not found.counts[at]:
-        assert found.sums[at] == 0
-        assert not any(g.any() for g in gradients(module, found.sums[at]))
+    outputs = module(batch(samples), [7])
+    index = of(module, case)
+    assert outputs.sums[index].isfinite() and outputs.sums[index].requires_grad
+    if not outputs.counts[index]:
+        assert outputs.sums[index] == 0
+        assert not any(g.any() for g in gradients(module, outputs.sums[index]))
 
 
 def test_it_is_in_its_range(case: Case) -> None:
     student, teacher = pair()
     module = step(student, teacher, case)
-    found = module(batch(), KEYS)
-    assert 0 < float((found.sums / found.counts)[of(module, case)].detach()) <= case.highest
+    outputs = module(batch(), KEYS)
+    assert 0 < float((outputs.sums / outputs.counts)[of(module, case)].detach()) <= case.highest
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -549,8 +555,8 @@ def test_an_identical_teacher_leaves_nothing_to_align(case: Case, route: str) ->
         pytest.skip("it does not compare the two models, or not as they are")
     student, teacher = (VLM(tiny.llava("qwen2", 1).double()) for _ in range(2))
     module = step(student, teacher, case, route=route)
-    found = module(batch(), KEYS)
-    assert float(found.sums[of(module, case)].detach()) == pytest.approx(case.aligned, abs=1e-6)
+    outputs = module(batch(), KEYS)
+    assert float(outputs.sums[of(module, case)].detach()) == pytest.approx(case.aligned, abs=1e-6)
 
 
 class Cache:
@@ -578,10 +584,10 @@ def test_a_cache_serves_it_or_is_refused(case: Case) -> None:
         with pytest.raises(ValueError, match="kept signals serve"):
             step(student, None, case, Cache(teacher))
         return
-    live, kept = step(student, teacher, case), step(student, None, case, Cache(teacher))
-    values = [loss(module, batch()) for module in (live, kept)]
+    live, cached = step(student, teacher, case), step(student, None, case, Cache(teacher))
+    values = [loss(module, batch()) for module in (live, cached)]
     torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
-    same(gradients(live, values[0]), gradients(kept, values[1]))
+    same(gradients(live, values[0]), gradients(cached, values[1]))
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -45,47 +45,47 @@ def test_taken_apart_it_adds_up_to_the_divergence(seed: int, k: int, scale: floa
 def test_all_tokens_kept_is_the_exact_divergence_gradients_too(seed: int, temperature: float) -> None:
     t, s = logits(seed), logits(seed + 1).requires_grad_()
     got = top_k(t, V + 5, temperature).divergence(s, temperature)
-    wanted = divergence(t, s, temperature=temperature)
-    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(torch.autograd.grad(got.sum(), s), torch.autograd.grad(wanted.sum(), s), rtol=1e-9, atol=1e-12)
+    expected = divergence(t, s, temperature=temperature)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), s), torch.autograd.grad(expected.sum(), s), rtol=1e-9, atol=1e-12)
 
 
 def test_equals_the_definition_with_the_tail_as_one_outcome() -> None:
     t, s = logits(1), logits(2)
-    kept = top_k(t, 3)
+    top = top_k(t, 3)
     p, q = t.softmax(-1), s.softmax(-1)
-    outcomes = [torch.cat([x.gather(1, kept.tokens), 1 - x.gather(1, kept.tokens).sum(1, keepdim=True)], 1) for x in (p, q)]
-    wanted = (outcomes[0] * (outcomes[0] / outcomes[1]).log()).sum(1)
-    torch.testing.assert_close(kept.divergence(s), wanted, rtol=1e-10, atol=1e-12)
+    outcomes = [torch.cat([x.gather(1, top.tokens), 1 - x.gather(1, top.tokens).sum(1, keepdim=True)], 1) for x in (p, q)]
+    expected = (outcomes[0] * (outcomes[0] / outcomes[1]).log()).sum(1)
+    torch.testing.assert_close(top.divergence(s), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_gradient_by_finite_differences() -> None:
-    kept = top_k(logits(3), 4, 1.5)
-    assert torch.autograd.gradcheck(lambda s: kept.divergence(s, 1.5), logits(4).requires_grad_())
+    top = top_k(logits(3), 4, 1.5)
+    assert torch.autograd.gradcheck(lambda s: top.divergence(s, 1.5), logits(4).requires_grad_())
 
 
 def test_a_tail_below_what_float32_can_subtract_is_kept() -> None:
     sharp = torch.tensor([[0.0, -40.0, -41.0, -42.0]])
-    kept = top_k(sharp, 2)
-    assert kept.log_tail.item() == pytest.approx(torch.tensor([-41.0, -42.0]).logsumexp(0).item(), abs=1e-4)
+    top = top_k(sharp, 2)
+    assert top.log_tail.item() == pytest.approx(torch.tensor([-41.0, -42.0]).logsumexp(0).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
     rows, head = torch.randn(ROWS, 3, dtype=torch.float64), torch.randn(V + 2, 3, dtype=torch.float64)
     rows.requires_grad_(), head.requires_grad_()
-    kept = top_k(logits(5), 4)
+    top = top_k(logits(5), 4)
 
     def run(size: int) -> tuple[torch.Tensor, ...]:
-        value = cached_row_divergence(kept, rows, Head(head), shared=V, chunk_mib=4 * (V + 2) * size / 2**20)
+        value = cached_row_divergence(top, rows, Head(head), shared=V, chunk_mib=4 * (V + 2) * size / 2**20)
         return value, *torch.autograd.grad((value * torch.arange(ROWS)).sum(), (rows, head))
 
-    for got, wanted in zip(run(chunk), run(1000), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(run(chunk)[0], kept.divergence((rows @ head.T)[:, :V]))
+    for got, expected in zip(run(chunk), run(1000), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(run(chunk)[0], top.divergence((rows @ head.T)[:, :V]))
 
 
-class Kept:
+class ComputedSignals:
     """Signals of one batch, computed from the teacher itself."""
 
     def __init__(self, teacher: FrozenTeacher, k: int) -> None:
@@ -108,28 +108,28 @@ def test_a_step_from_kept_signals_is_the_step_with_the_teacher(samples: list[tup
     batch = tiny.batch(samples, dtype=torch.float64)
     weights = {"sft": 1.0, "kd": 0.7, "iva": 1.3, "tpa": 0.0}
     method = Method(weights, options={"iva": {"uniform": uniform}}, eos=tiny.EOS, shared_vocabulary=tiny.VOCABULARY)
-    found = []
+    results = []
     for module in (
         AlignTI(student, teacher, method),
-        AlignTI(student, None, method, Kept(teacher, tiny.VOCABULARY)),
-        AlignTI(student, None, method, Kept(teacher, 3)),
+        AlignTI(student, None, method, ComputedSignals(teacher, tiny.VOCABULARY)),
+        AlignTI(student, None, method, ComputedSignals(teacher, 3)),
     ):
         terms = module(batch, list(range(len(samples))))
         student.zero_grad()
         (torch.tensor([weights[t] for t in CORE]) * terms.sums).sum().backward()
-        found.append((terms.sums.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]))
-    (live, live_gradients), (kept, kept_gradients), (cut, _) = found
-    torch.testing.assert_close(kept, live, rtol=1e-10, atol=1e-12)
-    for got, wanted in zip(kept_gradients, live_gradients, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)  # RMSNorm is float32 inside
+        results.append((terms.sums.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]))
+    (live, live_gradients), (cached, cached_gradients), (cut, _) = results
+    torch.testing.assert_close(cached, live, rtol=1e-10, atol=1e-12)
+    for got, expected in zip(cached_gradients, live_gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)  # RMSNorm is float32 inside
     assert cut[0] == live[0] and (0 < cut[1] < live[1]) and (cut[2] < live[2] or not live[2])
 
 
 def test_what_signals_cannot_serve_is_refused() -> None:
-    student, signals = VLM(tiny.llava()), Kept(None, 3)  # type: ignore[arg-type]
+    student, signals = VLM(tiny.llava()), ComputedSignals(None, 3)  # type: ignore[arg-type]
     for options in ({"kind": "reverse"}, {"weights": dict.fromkeys(CORE, 1.0)}):
         with pytest.raises(ValueError, match="kd and iva under the forward divergence"):
             AlignTI(student, None, Method(**{"weights": {"sft": 0.0, "kd": 1.0, "iva": 0.0, "tpa": 0.0}, **options}), signals)
-    known = Cached(TopK(torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1)), torch.tensor([[0, -1]]))
+    cached = Cached(TopK(torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1)), torch.tensor([[0, -1]]))
     with pytest.raises(ValueError, match="not kept"):
-        known.at(torch.tensor([[True, True]]))
+        cached.at(torch.tensor([[True, True]]))

@@ -57,9 +57,9 @@ def test_gradient_by_finite_differences(name: str, route: str) -> None:
     module, b = step(student, teacher, name, "tpa", route=route), batch()
     module.progress = 0.5
     draws = module.draw(b, KEYS)
-    at = list(module.method.terms).index(name)
+    index = list(module.method.terms).index(name)
     module.zero_grad()
-    module(b, KEYS, draws).sums[at].backward()
+    module(b, KEYS, draws).sums[index].backward()
     moved = [p for p in module.parameters() if p.grad is not None]
     stream = torch.Generator().manual_seed(5)
     direction = [torch.randn(p.shape, generator=stream, dtype=p.dtype) * p.detach().abs().mean() for p in moved]
@@ -69,10 +69,10 @@ def test_gradient_by_finite_differences(name: str, route: str) -> None:
         with torch.no_grad():
             for p, d in zip(moved, direction, strict=True):
                 p.add_(d, alpha=shift)
-            found = float(module(b, KEYS, draws).sums[at])
+            loss = float(module(b, KEYS, draws).sums[index])
             for p, d in zip(moved, direction, strict=True):
                 p.sub_(d, alpha=shift)
-        return found
+        return loss
 
     assert abs(slope) > 1e-3
     assert (value(1e-4) - value(-1e-4)) / 2e-4 == pytest.approx(slope, rel=2e-2, abs=1e-3)
@@ -81,13 +81,13 @@ def test_gradient_by_finite_differences(name: str, route: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_both_routes_read_the_same(name: str) -> None:
     student, teacher = pair()
-    found = []
+    results = []
     for route in ("continuation", "expanded"):
         module = step(student, teacher, name, "tpa", route=route)
         module.progress = 0.5
-        found.append(gradients(module, batch()))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # RMSNorm is float32 inside
+        results.append(gradients(module, batch()))
+    for continued, expanded in zip(*results, strict=True):
+        torch.testing.assert_close(continued, expanded, rtol=1e-5, atol=1e-7)  # RMSNorm is float32 inside
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -100,17 +100,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     plain = gradients(module, batch())
     student.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing, student.model)})
     for _ in range(2):
-        for got, wanted in zip(gradients(module, batch()), plain, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+        for got, expected in zip(gradients(module, batch()), plain, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
         gradients(module, batch([(1, 1, 1)]), [4])  # another shape in between
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "paligemma"])
 def test_maps_of_grouped_heads_windows_and_capped_scores_have_gradients(family: str) -> None:
     """Against the stock model's own maps, plain and under gradient checkpointing; PaliGemma's Gemma 2 caps its scores."""
-    wanted = eager_maps(family)
+    eager = eager_maps(family)
     b = toy.batch(family)
-    found = []
+    results = []
     for checkpointed in (False, True):
         model = load(toy.folder(family), "cpu", torch.float64).model
         vlm = VLM(model)
@@ -118,17 +118,17 @@ def test_maps_of_grouped_heads_windows_and_capped_scores_have_gradients(family: 
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing, model)})
             model.train()
         watch = Watch((Map(0), Map(1, "response"), Map(0, "visual", each_row=True)))
-        with vlm.watched(b, watch) as seen:
+        with vlm.watched(b, watch) as watched:
             vlm.plain(b, vlm.features(b), keep=False)
-        for map_, read in seen.maps.items():
-            whole = wanted[map_.layer][0].mean(0)[getattr(b, map_.rows)[0]][:, b.visual[0]]
-            here = read[0, : len(whole), : whole.shape[1]] if map_.each_row else read[0, : whole.shape[1]]
-            torch.testing.assert_close(here.double(), whole if map_.each_row else whole.mean(0), rtol=1e-5, atol=1e-7)
-        sum(read.square().sum() for read in seen.maps.values()).backward()
-        found.append([torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()])
-    assert any(g.any() for g in found[0])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+        for map_, read in watched.maps.items():
+            expected = eager[map_.layer][0].mean(0)[getattr(b, map_.rows)[0]][:, b.visual[0]]
+            actual = read[0, : len(expected), : expected.shape[1]] if map_.each_row else read[0, : expected.shape[1]]
+            torch.testing.assert_close(actual.double(), expected if map_.each_row else expected.mean(0), rtol=1e-5, atol=1e-7)
+        sum(read.square().sum() for read in watched.maps.values()).backward()
+        results.append([torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()])
+    assert any(g.any() for g in results[0])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-9)
 
 
 def test_looks_at_one_layer_stack() -> None:
@@ -149,13 +149,13 @@ def test_looks_at_one_layer_stack() -> None:
 def test_hidden_states_are_the_stock_models() -> None:
     vlm, _ = pair()
     b = batch()
-    with vlm.watched(b, Watch(hidden=(0,))) as seen:
+    with vlm.watched(b, Watch(hidden=(0,))) as watched:
         vlm.plain(b, vlm.features(b), keep=False)
     stock = vlm.model(
         input_ids=b.input_ids, pixel_values=b.pixel_values, attention_mask=b.attention_mask, output_hidden_states=True
     )
     real = b.attention_mask.bool()
-    torch.testing.assert_close(seen.hidden[0][real], stock.hidden_states[1][real])
+    torch.testing.assert_close(watched.hidden[0][real], stock.hidden_states[1][real])
 
 
 def test_a_layer_that_is_not_there_is_named() -> None:
@@ -170,15 +170,15 @@ def test_a_layer_that_is_not_there_is_named() -> None:
 def test_a_terms_module_is_trained_and_is_no_part_of_the_student() -> None:
     student, teacher = pair()
     module = step(student, teacher, "hidden")
-    (own,) = module.term_modules.parameters()
-    assert own.shape == (48, 32)
+    (projection,) = module.term_modules.parameters()
+    assert projection.shape == (48, 32)
     replica = Replica(module, ranks=2)
     for samples in (SAMPLES, [(0, 2, 2)]):
         replica.zero_grad()
         replica(batch(samples), KEYS[: len(samples)])[0].sum().backward()
         missing = [n for n, p in replica.named_parameters() if p.grad is None and "vision_tower" not in n]
         assert not missing, "a rank of several has a gradient for every parameter"
-        assert bool(own.grad.any()) == (samples is SAMPLES)
+        assert bool(projection.grad.any()) == (samples is SAMPLES)
     assert not any("term_modules" in name for name in student.state_dict())
     assert any("term_modules" in name for name in module.state_dict())
 
@@ -188,5 +188,5 @@ def test_needs_add_up() -> None:
     assert both.teacher and both.visual and both.attention and both.response and not both.ribbon and both.live_teacher
     assert both.in_student == Watch(MAPS, (0,)) and both.in_teacher == Watch(MAPS, (1,))
     for name in (name for name, default in vars(Needs()).items() if isinstance(default, bool)):
-        without, one = Needs(**{name: False}), Needs(**{name: True})
-        assert getattr(without | one, name) and getattr(one | without, name) and not getattr(without | without, name)
+        without, needing = Needs(**{name: False}), Needs(**{name: True})
+        assert getattr(without | needing, name) and getattr(needing | without, name) and not getattr(without | without, name)
