@@ -1,7 +1,6 @@
 """A user's own data: what is kept, what is refused and why, and that nothing is lost."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.config.data import DataLimits, DataSettings, LlavaFolder
-from components.dataset.mixture import assign, source
-from components.dataset.prepare import prepare, write
+from components.dataset.mixture import assign
+from components.dataset.prepare import prepare
 from components.dataset.row import understand
-from components.dataset.shards import Sample, Samples, Turn, open_shard, schema
-from components.dataset.source import Provenance, Refused
+from components.dataset.shards import Samples, Turn, open_shard, schema
+from components.dataset.source import Provenance
 from components.errors import DataError, Refusal
 from components.records.dataset import Manifest
 from components.records.paths import SPLITS
-from tests.dataset.conftest import HERE
+from tests.dataset.conftest import HERE, quarantine, stored, write_only
 
 LIMITS = DataLimits(max_pixels=1_000_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
 
@@ -31,20 +30,6 @@ def settings_for(annotations: Path, images: Path, **changes: Any) -> DataSetting
     folder = LlavaFolder(annotations=annotations, images=images, val=0.25, test=0.25)
     data = DataSettings(source="llava", seed=1, images_per_shard=4, limits=LIMITS, digits=None, llava=folder, mixture=None)
     return data.model_copy(update=changes)
-
-
-def write_only(data: DataSettings, folder: Path) -> Manifest:
-    """`prepare` without the card, which takes most of its time on so few rows."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return write(source(data, folder / "index.sqlite"), data, folder)
-
-
-def stored(folder: Path) -> list[Sample]:
-    return [sample for split in SPLITS for sample in Samples(folder, split)]
-
-
-def quarantine(folder: Path) -> list[Refused]:
-    return [Refused.model_validate_json(line) for line in (folder / "quarantine.jsonl").read_bytes().splitlines()]
 
 
 # --- a good set -------------------------------------------------------------------------------------------------------

@@ -23,15 +23,13 @@ from PIL import Image
 
 from components.config.data import DataLimits, DataSettings, Mixture, MixtureSource
 from components.dataset import json_rows
-from components.dataset.mixture import source
-from components.dataset.prepare import prepare, write
+from components.dataset.prepare import prepare
 from components.dataset.readers import HUB, store
-from components.dataset.shards import Sample, Samples
-from components.dataset.source import Refused
+from components.dataset.shards import Samples
 from components.errors import DataError, Refusal, TryAgainError
 from components.records.dataset import Overlap, Sources
 from components.records.paths import SPLITS
-from tests.dataset.conftest import HERE, REPOSITORY
+from tests.dataset.conftest import HERE, REPOSITORY, quarantine, stored, write_only
 
 LIMITS = DataLimits(max_pixels=100_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=1)
 PICTURES = 24
@@ -122,18 +120,9 @@ def settings_for(sources: dict[str, dict[str, Any]], **changes: Any) -> DataSett
     )
 
 
-def stored(folder: Path) -> list[Sample]:
-    return [sample for split in SPLITS for sample in Samples(folder, split)]
-
-
-def quarantine(folder: Path) -> list[Refused]:
-    return [Refused.model_validate_json(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_samples_come_from_every_kind_of_store(kind: str, tmp_path: Path) -> None:
-    data = settings_for({"mine": KINDS[kind](tmp_path)})
-    manifest = write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
+    manifest = write_only(settings_for({"mine": KINDS[kind](tmp_path)}), tmp_path / "out")
     assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (PICTURES, PICTURES, 0)
     contents = {(s.turns[0].question, s.turns[0].answer, s.image) for s in stored(tmp_path / "out")}
     assert contents == {("<image>\nWhat?", f"Number {n}.", picture(n)) for n in range(PICTURES)}
@@ -230,7 +219,7 @@ def test_rows_that_share_a_picture_are_in_one_split_whatever_it_is_called(tmp_pa
     data, split_of = settings_for({"mine": member}, val=0.3, test=0.3), {}
     for workers in (1, 2):
         folder = tmp_path / f"out-{workers}"
-        manifest = write(source(data, folder / "index.sqlite", workers), data, folder)
+        manifest = write_only(data, folder, workers)
         assert manifest.rows_out == manifest.rows_in == len(rows)
         by_id = {sample.id: (split, sample) for split in SPLITS for sample in Samples(folder, split)}
         split_of = {name: split for name, (split, _) in by_id.items()}
@@ -274,8 +263,7 @@ def test_odd_samples_of_a_webdataset_are_quarantined(tmp_path: Path) -> None:
     text = json.dumps({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}).encode()
     bad = {"a.png": picture(1), "b.json": b"{", "c.json": b"[]", "d.json": text, "d.png": b"", "d.jpg": b"", "e.json": text}
     tar_of(tmp_path / "x.tar", {**good, **bad})
-    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
+    write_only(settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), tmp_path / "out")
     assert [(refused.row - PICTURES, refused.reason) for refused in quarantine(tmp_path / "out")] == [
         (1, "missing_key"),
         (2, "malformed_json"),
@@ -293,8 +281,7 @@ def test_odd_rows_of_parquet_are_quarantined(tmp_path: Path) -> None:
         "texts": [[{"user": "What?", "assistant": "That."}]] * (PICTURES + 4),
     }
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    data = settings_for({"mine": {"files": str(tmp_path / "x.parquet"), "images": None}})
-    manifest = write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
+    manifest = write_only(settings_for({"mine": {"files": str(tmp_path / "x.parquet"), "images": None}}), tmp_path / "out")
     assert [(refused.row - PICTURES, refused.reason) for refused in quarantine(tmp_path / "out")] == [
         (2, "missing_file"),
     ]
@@ -305,8 +292,7 @@ def test_a_member_that_no_tar_file_has_is_quarantined(tmp_path: Path) -> None:
     member = as_tars(tmp_path)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"id": "x", "image": "in/x.png", "conversations": conversations(1)}))
-    data = settings_for({"mine": member})
-    write(source(data, tmp_path / "out" / "index.sqlite"), data, tmp_path / "out")
+    write_only(settings_for({"mine": member}), tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (PICTURES + 1, "missing_file")
 
@@ -349,11 +335,7 @@ def test_tars_of_one_name_in_two_folders_keep_their_pictures(with_ids: bool, tmp
 def test_a_member_name_in_two_tar_files_is_refused_and_both_are_named(tmp_path: Path) -> None:
     member = as_tars(tmp_path)
     tar_of(tmp_path / "9.tar", {"in/0.png": picture(99)})
-    write(
-        source(settings_for({"mine": member}), tmp_path / "i.sqlite"),
-        settings_for({"mine": member}),
-        tmp_path / "out",
-    )
+    write_only(settings_for({"mine": member}), tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (1, "ambiguous_name")
     assert "0.tar at byte 512" in refused.detail and "9.tar at byte 512" in refused.detail
@@ -374,8 +356,7 @@ def test_a_key_twice_in_a_tar_file_is_refused(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    manifest = write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    manifest = write_only(settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), tmp_path / "out")
     assert [(bad.reason, "at bytes" in bad.detail) for bad in quarantine(tmp_path / "out")] == [("ambiguous_name", True)] * 2
     assert manifest.rows_in == 21 and "Number 0." not in image_by_answer(tmp_path / "out")
 
@@ -385,8 +366,7 @@ def test_the_members_of_a_sample_are_found_wherever_they_stand(tmp_path: Path) -
     pictures_first = {name: entries[name] for name in sorted(entries, key=lambda name: name.endswith(".json"))}
     pictures_first |= {"._3.json": b"what a Mac leaves", "__MACOSX/4.json": b"", "5.cls": b"7"}
     tar_of(tmp_path / "x.tar", pictures_first)
-    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    write_only(settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), tmp_path / "out")
     assert image_by_answer(tmp_path / "out") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
 
 
@@ -395,8 +375,7 @@ def test_members_that_may_be_pictures_are_never_left_out(tmp_path: Path) -> None
     odd = {"a.mp4": b"x", "b.npy": b"x", "c.bin": b"\x93\x00", "d.0.jpg": picture(1), "d.1.jpg": picture(2)}
     entries = tar_entries(range(PICTURES)) | odd | {f"{key}.json": row for key in "abcde"} | {"e.input.jpg": picture(3)}
     tar_of(tmp_path / "x.tar", entries)
-    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}})
-    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    write_only(settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), tmp_path / "out")
     reasons = [refused.reason for refused in quarantine(tmp_path / "out")]
     assert reasons == ["video", "unread_media", "unread_media"]
     images = {sample.id: sample.images for sample in stored(tmp_path / "out") if sample.turns[0].answer == "That."}
@@ -414,8 +393,8 @@ def test_a_picture_that_is_not_beside_its_row_is_not_nothing(tmp_path: Path) -> 
         link = tarfile.TarInfo("rows/b.png")
         link.type, link.linkname = tarfile.SYMTYPE, "../images/a.png"
         tar.addfile(link)
-    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
-    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    sources = {"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)}
+    write_only(settings_for(sources), tmp_path / "out")
     assert [(refused.id, refused.reason) for refused in quarantine(tmp_path / "out")] == [
         ("x/images/a", "missing_key"),
         ("x/rows/a", "ambiguous_name"),
@@ -444,8 +423,8 @@ def test_whatever_else_a_tar_file_holds_is_counted_or_refused(tmp_path: Path) ->
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, link
             tar.addfile(info)
-    data = settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)})
-    manifest = write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    sources = {"mine": {"files": str(tmp_path / "x.tar"), "images": None}, "good": as_folder(tmp_path)}
+    manifest = write_only(settings_for(sources), tmp_path / "out")
     refusals = [(refused.id, refused.reason) for refused in quarantine(tmp_path / "out")]
     assert refusals == [(f"x/{key}", "unread_media") for key in "abc"] + [("x/v1", "missing_key")] * 2
     assert image_by_answer(tmp_path / "out")["That."] == picture(1) and manifest.rows_in == PICTURES + 6
@@ -462,8 +441,8 @@ def test_names_and_addresses_that_are_no_utf8_are_read_or_refused(rows: str | No
     lines = [json.dumps({"image": image, "conversations": conversations(1)}) + "\n" for image in odd]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     files, images = (tmp_path / "x.tar", None) if rows is None else (tmp_path / rows, tmp_path / "x.tar")
-    data = settings_for({"mine": {"files": str(files), "images": images}, "good": as_folder(tmp_path / "good")})
-    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    sources = {"mine": {"files": str(files), "images": images}, "good": as_folder(tmp_path / "good")}
+    write_only(settings_for(sources), tmp_path / "out")
     reasons = ["missing_file", "not_an_image", "not_an_image", "not_an_image", "missing_file"]
     assert [refused.reason for refused in quarantine(tmp_path / "out")] == ([] if rows is None else reasons)
     assert all(len(refused.detail) <= 500 for refused in quarantine(tmp_path / "out"))
@@ -482,8 +461,7 @@ def test_what_an_image_key_holds_is_told_by_its_kind(tmp_path: Path) -> None:
     rows = [{"id": f"o{n}", "image": image, "conversations": conversations(99)} for n, image in enumerate([*inline, *odd])]
     (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), *rows]))
     pq.write_table(pa.table({"id": [b"7"], "conversations": [conversations(1)]}), tmp_path / "x.parquet")
-    data = settings_for({"mine": member, "x": {"files": str(tmp_path / "x.parquet"), "images": None}})
-    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    write_only(settings_for({"mine": member, "x": {"files": str(tmp_path / "x.parquet"), "images": None}}), tmp_path / "out")
     refusals = [(refused.id, refused.reason) for refused in quarantine(tmp_path / "out")]
     reasons = ["video", "video", "unread_media", "unread_media", "missing_file"]
     assert refusals == [*((f"o{n}", reason) for n, reason in enumerate(reasons, start=2)), ("x/1", "wrong_type")]
@@ -502,11 +480,7 @@ def test_a_text_row_and_a_picture_may_share_a_name(tmp_path: Path) -> None:
     text = {"id": "t", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
     with_image = {"id": "u", "image": "text:t", "conversations": conversations(50)}
     (tmp_path / "rows.json").write_text(json.dumps([*llava_rows(), text, with_image]))
-    write(
-        source(settings_for({"mine": member}), tmp_path / "i.sqlite"),
-        settings_for({"mine": member}),
-        tmp_path / "out",
-    )
+    write_only(settings_for({"mine": member}), tmp_path / "out")
     images = image_by_answer(tmp_path / "out")
     assert (images["So."], images["Number 50."]) == (None, picture(50))
 
@@ -536,13 +510,11 @@ def test_rows_of_several_json_files_and_of_parquet_beside_a_folder(tmp_path: Pat
     for name, numbers in (("0", range(10)), ("1", range(10, PICTURES))):
         lines = [json.dumps({k: v for k, v in llava_rows()[n].items() if k != "id"}) for n in numbers]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    data = settings_for({"mine": member | {"files": str(tmp_path / "*.jsonl")}})
-    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    write_only(settings_for({"mine": member | {"files": str(tmp_path / "*.jsonl")}}), tmp_path / "out")
     assert {sample.id for sample in stored(tmp_path / "out")} == {f"mine/{n + 1}" for n in range(PICTURES)}
     columns = {key: [row[key] for row in llava_rows()] for key in ("image", "conversations")}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    data = settings_for({"mine": member | {"files": str(tmp_path / "x.parquet")}})
-    write(source(data, tmp_path / "j.sqlite"), data, tmp_path / "other")
+    write_only(settings_for({"mine": member | {"files": str(tmp_path / "x.parquet")}}), tmp_path / "other")
     assert image_by_answer(tmp_path / "other") == {f"Number {n}.": picture(n) for n in range(PICTURES)}
 
 
@@ -551,8 +523,7 @@ def test_conversations_that_parquet_files_hold_in_other_forms_are_quarantined(te
     good = as_cauldron(tmp_path)
     image = {"bytes": picture(1), "path": None}
     pq.write_table(pa.table({"images": [[image]], "texts": [texts]}), tmp_path / "odd.parquet")
-    data = settings_for({"good": good, "odd": {"files": str(tmp_path / "odd.parquet"), "images": None}})
-    write(source(data, tmp_path / "i.sqlite"), data, tmp_path / "out")
+    write_only(settings_for({"good": good, "odd": {"files": str(tmp_path / "odd.parquet"), "images": None}}), tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert refused.source == "odd" and refused.reason in ("missing_key", "wrong_type")
 
@@ -625,7 +596,7 @@ def test_a_cell_without_bytes_is_the_file_that_it_names_or_nothing(several: bool
     columns = {"texts": texts, "images" if several else "image": [[cell] if several else cell for cell in cells]}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=2)
     sources = {"odd": {"files": str(tmp_path / "x.parquet"), "images": member["images"]}, "good": member}
-    write(source(settings_for(sources), tmp_path / "i.sqlite"), settings_for(sources), tmp_path / "out")
+    write_only(settings_for(sources), tmp_path / "out")
     (refused,) = quarantine(tmp_path / "out")
     assert (refused.row, refused.reason) == (5, "missing_file") and "in/gone.png" in refused.detail
     images = {s.id: s.image for s in stored(tmp_path / "out") if s.id.startswith("odd/")}
