@@ -237,11 +237,13 @@ def test_markdown_is_one_table_of_arms_and_measures(finished: Finished) -> None:
 
 
 def test_gains_beyond_noise_are_bold_and_only_those(finished: Finished) -> None:
-    lines = {line.label: line.cells for line in table(finished.comparison)}
+    lines, bold = {line.label: line.cells for line in table(finished.comparison)}, set()
     for base in finished.settings.evaluate.baselines:
         for arm, cell in zip(finished.comparison.order, lines[f"gain over {base}, points"][1:], strict=True):
             gain = finished.comparison.arms[arm].gains.get(base)
-            assert cell.strong == (gain is not None and gain.larger_than_noise)
+            assert (gain is None) == (arm == base) and cell.strong == (gain is not None and gain.larger_than_noise)
+            bold |= {cell.strong} if gain else set()
+    assert bold == {True, False}
 
 
 def test_plots_are_written_and_drawn_the_same_every_time(finished: Finished) -> None:

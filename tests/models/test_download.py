@@ -66,7 +66,9 @@ def test_no_link_across_disks_means_a_copy(local: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(module, "snapshot_download", lambda *_, **__: str(local))
     monkeypatch.setattr(module.os, "link", refuse)
-    load(obtain(Checkpoint(source="org/model", revision=COMMIT), tmp_path / "theirs"), "cpu")
+    target = obtain(Checkpoint(source="org/model", revision=COMMIT), tmp_path / "theirs")
+    assert not (target / "model.safetensors").samefile(local / "model.safetensors")
+    load(target, "cpu")
 
 
 def response(status: int) -> Any:
