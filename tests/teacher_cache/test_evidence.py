@@ -55,19 +55,19 @@ def learnt(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = MODELS / "teachers/base"
         teacher, samples = load(path, "cpu"), Samples(DATASET, "train", ROWS)
         collate = collator(teacher.processor, Template(""), 64)
-        shown = collate([samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][::2])
+        examples = collate([samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][::2])
         optimiser = torch.optim.Adam(teacher.model.parameters(), lr=3e-3)
         vlm = VLM(teacher.model.train())
         for _ in range(40):
-            hidden, _ = vlm.plain(shown, vlm.features(shown), keep=False)
-            F.cross_entropy(vlm.head(hidden[predicting(shown.response)]), shown.input_ids[shown.response]).backward()
+            hidden, _ = vlm.plain(examples, vlm.features(examples), keep=False)
+            F.cross_entropy(vlm.head(hidden[predicting(examples.response)]), examples.input_ids[examples.response]).backward()
             optimiser.step()
             optimiser.zero_grad()
         teacher.model.save_pretrained(path)
-        known = record(path, "teacher", "embedded", None, NV)
+        teacher_record = record(path, "teacher", "embedded", None, NV)
         students = ModelIndex.read(MODELS / "index.json").students
-        ModelIndex(teachers={"base": known}, students=students).write(MODELS / "index.json")
-        TeacherChoice(name="base", path=known.path, sha256=known.sha256).write(TEACHER / "choice.json")
+        ModelIndex(teachers={"base": teacher_record}, students=students).write(MODELS / "index.json")
+        TeacherChoice(name="base", path=teacher_record.path, sha256=teacher_record.sha256).write(TEACHER / "choice.json")
         write_params(
             root,
             "distill",
@@ -95,7 +95,7 @@ def trained(run: Run) -> bytes:
 
 
 def test_attributions_are_the_slopes_of_the_answers_log_probability() -> None:
-    vlm, at = VLM(tiny.llava("qwen2", 1).double()).requires_grad_(False), 0.3
+    vlm, share = VLM(tiny.llava("qwen2", 1).double()).requires_grad_(False), 0.3
     b = batch([(1, 3, 3), (1, 5, 2)])
     other = edits(b, [(1, 3, 3), (1, 5, 2)], torch.float64).donor  # type: ignore[union-attr]
     others = vlm.embedded(other, vlm.features(other))
@@ -106,30 +106,30 @@ def test_attributions_are_the_slopes_of_the_answers_log_probability() -> None:
         logits = vlm.head(hidden[row][rows - 1])
         return logits.log_softmax(-1).gather(1, b.input_ids[row, rows][:, None]).mean()
 
-    whole = torch.full(b.input_ids.shape, at, dtype=torch.float64)
-    found = attributions(vlm, b, vlm.features(b), others, whole)
+    shares = torch.full(b.input_ids.shape, share, dtype=torch.float64)
+    attribution = attributions(vlm, b, vlm.features(b), others, shares)
     for row, token in [(0, 1), (0, 5), (1, 2), (1, 9)]:
-        moved = torch.zeros_like(whole)
+        moved = torch.zeros_like(shares)
         moved[row, token] = 1e-3
         slope = (
-            mean_log_probability(whole + moved, row) - mean_log_probability(whole - moved, row)
+            mean_log_probability(shares + moved, row) - mean_log_probability(shares - moved, row)
         ) / 2e-3  # RMSNorm is float32 inside
-        assert float(found[row, token]) == pytest.approx(float(slope), rel=1e-2, abs=1e-5)
-    assert found[0][b.attention_mask[0] == 0].abs().sum() == 0
-    ends = (vlm.mixed(b, vlm.features(b), others, torch.full_like(whole, end)) for end in (1.0, 0.0))
+        assert float(attribution[row, token]) == pytest.approx(float(slope), rel=1e-2, abs=1e-5)
+    assert attribution[0][b.attention_mask[0] == 0].abs().sum() == 0
+    ends = (vlm.mixed(b, vlm.features(b), others, torch.full_like(shares, end)) for end in (1.0, 0.0))
     for mixed, alone in zip(ends, (b, other), strict=True):
         torch.testing.assert_close(mixed, vlm.plain(alone, vlm.features(alone), keep=False)[0])
 
 
 def test_the_evidence_is_what_a_plain_reading_of_the_method_gives(mcd: Path) -> None:
-    kept = stage.build_signals(load_settings()).evidence
-    assert kept is not None and kept.asked == 12, "two samples of each of six images; two show a second one"
+    summary = stage.build_signals(load_settings()).evidence
+    assert summary is not None and summary.asked == 12, "two samples of each of six images; two show a second one"
     teacher, samples = load(MODELS / "teachers/base", "cpu"), Samples(DATASET, "train", ROWS)
     collate, vlm = collator(teacher.processor, Template(""), 64), VLM(teacher.model)
-    right = row = place = 0
+    right = row = offset = 0
     for path in sorted(SIGNALS.glob("evidence-gradient-*")):
         tensors = load_file(path)
-        right, row, place = right + len(tensors["samples"]), 0, 0
+        right, row, offset = right + len(tensors["samples"]), 0, 0
         for line, effect in zip(tensors["samples"].tolist(), tensors["effects"].tolist(), strict=True):
             sample, partner, rows, places = line
             assert samples[sample].image_id != samples[partner].image_id
@@ -140,66 +140,66 @@ def test_the_evidence_is_what_a_plain_reading_of_the_method_gives(mcd: Path) -> 
                 input_ids=prompt.input_ids, pixel_values=prompt.pixel_values, max_new_tokens=rows, do_sample=False
             )[0, prompt.input_ids.shape[1] :]
             assert written.tolist() == b.input_ids[b.response].tolist(), "the teacher's own greedy answer"
-            evidence = tensors["places"][place : place + places].tolist()
+            evidence = tensors["places"][offset : offset + places].tolist()
             candidates = int((b.instruction | b.visual).sum())
             assert 0 < places <= max(1, int(0.3 * candidates)) and bool((b.instruction | b.visual)[0, evidence].all())
             with torch.no_grad():
                 e, o = (vlm.embedded(x, vlm.features(x))["inputs_embeds"][0] for x in (b, other))
                 words = teacher.model.get_input_embeddings()(other.input_ids[0])
                 torch.testing.assert_close(o[~b.visual[0]], words[~b.visual[0]])
-                said = []
+                outputs = []
                 for swapped in ([], [j for j in range(len(e)) if j not in evidence], evidence):
                     mixed = e.clone()
                     mixed[swapped] = o[swapped]
                     logits = teacher.model(inputs_embeds=mixed[None]).logits[0]
-                    said.append(logits[predicting(b.response)[0]].softmax(-1))
+                    outputs.append(logits[predicting(b.response)[0]].softmax(-1))
 
             def js(p: Tensor, q: Tensor) -> Tensor:
                 m = (p + q) / 2
                 return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
 
-            whole, alone, without = said
+            whole, alone, without = outputs
             assert effect == pytest.approx(float((js(whole, without) - js(whole, alone)).mean()), abs=1e-5)
             for name, p in (("whole", whole), ("without", without)):
                 stored, tokens = tensors[name][row : row + rows], tensors["tokens"][row : row + rows].long()
                 torch.testing.assert_close(stored[:, :-1], p.gather(1, tokens), rtol=1e-3, atol=1e-5)
                 assert stored.sum(1) == pytest.approx(1.0, abs=1e-4)
-            row, place = row + rows, place + places
-    assert 0 < kept.right["gradient"] == right < kept.asked
+            row, offset = row + rows, offset + places
+    assert 0 < summary.right["gradient"] == right < summary.asked
 
 
 def test_the_edits_of_a_batch_are_drawn_by_halves_and_only_of_verified_samples(mcd: Path) -> None:
     stage.build_signals(load_settings())
-    made = assemble("mcd", load_settings().arm("mcd"), load_settings())
-    steps = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, evidence=made.evidence)
-    effects, (evidence,) = [], made.evidence
+    job = assemble("mcd", load_settings().arm("mcd"), load_settings())
+    steps = Steps(job.samples, job.collator, job.order, job.distill, 0, 1, evidence=job.evidence)
+    effects, (evidence,) = [], job.evidence
     assert isinstance(evidence, Evidence)
     table = {line[0]: effect for line, effect in zip(evidence._tensors["samples"], evidence._tensors["effects"], strict=True)}
     assert set(evidence._rows) <= {s for s, effect in table.items() if effect > 0} and 0 < len(evidence) <= len(table) / 2
     for step in range(12):
         ((b, _),) = steps[step]  # type: ignore[misc]
         edit = b.edits
-        drawn = [sample for _, sample in made.order.batch(step)]
+        drawn = [sample for _, sample in job.order.batch(step)]
         assert edit is not None and edit.indices.tolist() == [i for i, s in enumerate(drawn) if s in evidence._rows]
         effects += edit.effect.tolist() if len(edit.indices) else []
-        for at, place in enumerate(edit.indices.tolist()):
-            assert edit.batch.ids[at] == b.ids[place]
-            swapped = edit.keep[at] == 0
-            share = int(swapped.sum()) / int((edit.batch.instruction | edit.batch.visual)[at].sum())
-            assert (share <= 0.5) == bool(edit.effect[at])
+        for row, index in enumerate(edit.indices.tolist()):
+            assert edit.batch.ids[row] == b.ids[index]
+            swapped = edit.keep[row] == 0
+            share = int(swapped.sum()) / int((edit.batch.instruction | edit.batch.visual)[row].sum())
+            assert (share <= 0.5) == bool(edit.effect[row])
         assert edit.whole.shape == (int(predicting(edit.batch.response).sum()), edit.tokens.shape[1] + 1)
     assert {True, False} == set(effects)
 
 
 def test_it_trains_and_resumes_to_the_same_bytes(mcd: Path) -> None:
     stage.build_signals(load_settings())
-    whole = trained(Run(None))
+    expected = trained(Run(None))
     lines = [json.loads(line) for line in (FOLDER / "losses.jsonl").read_text().splitlines()]
     assert sum(line["mcd"] > 0 for line in lines) > 2
     shutil.rmtree(FOLDER)
     with pytest.raises(Interrupted):
         trained(StopsAt(3))
-    assert trained(Run(None)) == whole
+    assert trained(Run(None)) == expected
     (SIGNALS / "evidence-gradient-00000.safetensors").write_bytes(b"")
     shutil.rmtree(FOLDER)
     with pytest.raises(DataError, match="bytes are not those that the manifest names"):
@@ -211,20 +211,20 @@ def test_kept_image_dependence_gives_the_loss_and_gradient_of_one_more_pass(mcd:
     write_params(mcd, "study", {"arms": {"live": live, "kept": live | {"va_kd": {"cached": True}}}})
     write_params(mcd, "evaluate", {"baselines": ["live"]})
     stage.build_signals(load_settings())
-    found = []
+    results = []
     for name in ("live", "kept"):
-        made = assemble(name, load_settings().arm(name), load_settings())
-        assert bool(made.module.method.needs.views) == (name == "live")
-        steps = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, evidence=made.evidence)
-        losses = [made.module(*micro).sums for step in range(4) for micro in steps[step]]  # type: ignore[union-attr]
+        job = assemble(name, load_settings().arm(name), load_settings())
+        assert bool(job.module.method.needs.views) == (name == "live")
+        steps = Steps(job.samples, job.collator, job.order, job.distill, 0, 1, evidence=job.evidence)
+        losses = [job.module(*micro).sums for step in range(4) for micro in steps[step]]  # type: ignore[union-attr]
         torch.stack(losses).sum().backward()
-        found.append([torch.stack(losses).detach(), *(p.grad for p in made.module.parameters() if p.grad is not None)])
-    assert float(found[0][0].abs().sum()) > 0
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+        results.append([torch.stack(losses).detach(), *(p.grad for p in job.module.parameters() if p.grad is not None)])
+    assert float(results[0][0].abs().sum()) > 0
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, write, calls = stage.build_signals(load_settings()), find_evidence._write, []
+    expected, write, calls = stage.build_signals(load_settings()), find_evidence._write, []
     shutil.rmtree(SIGNALS)
 
     def interrupted(*arguments: Any) -> None:
@@ -236,13 +236,13 @@ def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch:
     monkeypatch.setattr(find_evidence, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stage.build_signals(load_settings())
-    assert not SIGNALS.exists() and stage.build_signals(load_settings()) == wanted and len(calls) == 7
+    assert not SIGNALS.exists() and stage.build_signals(load_settings()) == expected and len(calls) == 7
 
 
 def test_of_a_teacher_that_answers_nothing_right_an_arm_is_refused(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find_evidence.EvidencePass, "_right", lambda self, samples: [False] * len(samples))
-    kept = stage.build_signals(load_settings()).evidence
-    assert kept is not None and kept.right == {"gradient": 0, "random": 0, "blurred": 16}
+    summary = stage.build_signals(load_settings()).evidence
+    assert summary is not None and summary.right == {"gradient": 0, "random": 0, "blurred": 16}
     with pytest.raises(DataError, match="nothing to edit: of 12 samples the teacher answers 0 as the data do"):
         trained(Run(None))
 

@@ -38,11 +38,11 @@ TEACHER = Path("artifacts/models/teachers/base")
 ALL_TOKENS = 1000  # more than there are
 
 
-def ask(
+def configure(
     root: Path, source: str = "cache", top_k: int = ALL_TOKENS, kind: str = "top_k", draws: int = 50, **others: Any
 ) -> None:
-    asked = {"source": source, "kind": kind, "top_k": top_k, "draws": draws, "evidence": None}
-    write_params(root, "distill", {"teacher_signals": asked, **others})
+    teacher_signals = {"source": source, "kind": kind, "top_k": top_k, "draws": draws, "evidence": None}
+    write_params(root, "distill", {"teacher_signals": teacher_signals, **others})
 
 
 def distill(arm: str) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def without_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("components.distill.assemble.load_teacher", refuse)
 
 
-def kept() -> SignalCache:
+def build_cache() -> SignalCache:
     cache = signals_stage.build_signals(load_settings()).cache
     assert cache is not None
     return cache
@@ -75,7 +75,7 @@ def test_where_the_live_teacher_is_asked_for_only_a_note_is_left(workplace: Path
     assert json.loads((SIGNALS / "manifest.json").read_text()) == {"cache": None}
     assert [path.name for path in SIGNALS.iterdir()] == ["manifest.json"]
     assert "source is live" in capsys.readouterr().out
-    ask(workplace)
+    configure(workplace)
     with pytest.raises(DataError, match=r"holds no signals.*`dvc repro cache_teacher` makes it anew"):
         distill("kd")
 
@@ -87,21 +87,23 @@ def test_with_all_tokens_kept_training_is_the_same_and_needs_no_teacher(
     live = {arm: distill(arm) for arm in arms}
     losses = {arm: (STUDENTS / arm / "losses.jsonl").read_text() for arm in arms}
     start = load_file("artifacts/models/students/student/model.safetensors")
-    ask(workplace)
+    configure(workplace)
     signals_stage.main()
     assert "error of KL(teacher || student): text" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         without_a_teacher(patch)
         for arm in arms:
-            kept = distill(arm)
+            weights = distill(arm)
             for name, weight in live[arm].items():
                 moved = (weight - start[name]).norm()
-                assert (kept[name] - weight).norm() <= 1e-3 * moved + 1e-6, (arm, name)
-            for mine, theirs in zip(
+                assert (weights[name] - weight).norm() <= 1e-3 * moved + 1e-6, (arm, name)
+            for cached_line, live_line in zip(
                 (STUDENTS / arm / "losses.jsonl").read_text().splitlines(), losses[arm].splitlines(), strict=True
             ):
-                assert json.loads(mine) == pytest.approx(json.loads(theirs), rel=1e-3), arm
-            assert (arm == "sft") == (kept.keys() == live[arm].keys() and all(torch.equal(kept[n], live[arm][n]) for n in kept))
+                assert json.loads(cached_line) == pytest.approx(json.loads(live_line), rel=1e-3), arm
+            assert (arm == "sft") == (
+                weights.keys() == live[arm].keys() and all(torch.equal(weights[n], live[arm][n]) for n in weights)
+            )
         assert "top_k" in (STUDENTS / "kd/model/README.md").read_text()
         with pytest.raises(AssertionError, match="the teacher was loaded"):
             distill("kd_tpa")
@@ -110,8 +112,8 @@ def test_with_all_tokens_kept_training_is_the_same_and_needs_no_teacher(
 
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -3)])
 def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, order: slice) -> None:
-    ask(workplace)
-    cache = kept()
+    configure(workplace)
+    cache = build_cache()
     teacher = load(TEACHER, "cpu")
     samples = Samples(DATASET, "train")
     chosen = [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][order]
@@ -119,14 +121,14 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
     visual = 6 * NV + 4 * 2 * NV  # once per image, but where an answer stands before the second
     assert (cache.samples, cache.rows, cache.dtype) == (16, text + visual, "float32")
     batch = Collator(teacher.processor, Template(""), 64, train=True)(chosen)
-    known, attention = opened().look_up(batch, visual=True, with_attention=True)
+    cached, attention = opened().look_up(batch, visual=True, with_attention=True)
     frozen = FrozenTeacher(VLM(teacher.model), 1, False)
     with torch.no_grad():
         hidden, _, look = frozen.plain(batch, frozen.features(batch, None), keep=False, with_attention=True)
         for rows in (predicting(batch.response), batch.visual):
-            wanted, got = top_k(frozen.head(hidden[rows]), ALL_TOKENS), known.at(rows)
+            expected, got = top_k(frozen.head(hidden[rows]), ALL_TOKENS), cached.at(rows)
             assert isinstance(got, TopK)
-            back = torch.zeros_like(wanted.log_probs).scatter(1, wanted.tokens, wanted.log_probs)
+            back = torch.zeros_like(expected.log_probs).scatter(1, expected.tokens, expected.log_probs)
             torch.testing.assert_close(back.gather(1, got.tokens), got.log_probs, rtol=1e-4, atol=1e-5)
     assert look is not None and attention is not None
     torch.testing.assert_close(visual_weights(attention, batch.pictures), visual_weights(look, batch.pictures))
@@ -136,31 +138,31 @@ def test_what_is_read_back_is_the_teachers_word_in_any_company(workplace: Path, 
 
 def _text_rows(teacher: Any, samples: Samples) -> list[list[int]]:
     collator = Collator(teacher.processor, Template(""), 64, train=True)
-    wanted = [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION]
-    return [row.response.nonzero()[0].tolist() for row in collator.encode(wanted)]
+    chosen = [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION]
+    return [row.response.nonzero()[0].tolist() for row in collator.encode(chosen)]
 
 
 def test_the_error_of_cutting_is_reported_and_falls_with_k(workplace: Path) -> None:
-    found = {}
+    caches = {}
     for k in (2, 8, ALL_TOKENS):
-        ask(workplace, top_k=k)
-        found[k] = kept()
-        assert sum(path.stat().st_size for path in SIGNALS.glob("*.safetensors")) == found[k].size_bytes
+        configure(workplace, top_k=k)
+        caches[k] = build_cache()
+        assert sum(path.stat().st_size for path in SIGNALS.glob("*.safetensors")) == caches[k].size_bytes
     for kind in ("text", "visual"):
-        few, more, every = (found[k].errors[kind] for k in (2, 8, ALL_TOKENS))
+        few, more, every = (caches[k].errors[kind] for k in (2, 8, ALL_TOKENS))
         assert few.mean_error > more.mean_error > 10 * every.mean_error and every.max_error < 1e-5
         assert few.mean_mass_beyond > more.mean_mass_beyond > every.mean_mass_beyond == 0
         assert few.kl == pytest.approx(every.kl) and few.max_error <= few.kl * few.rows
-    assert (found[8].dtype, found[ALL_TOKENS].dtype) == ("float16", "float32")
-    assert found[8].size_bytes < found[ALL_TOKENS].size_bytes / 2
+    assert (caches[8].dtype, caches[ALL_TOKENS].dtype) == ("float16", "float32")
+    assert caches[8].size_bytes < caches[ALL_TOKENS].size_bytes / 2
 
 
 def test_draws_are_unbiased_take_less_room_and_serve_drawn_rows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = {}
+    caches = {}
     for draws in (2, 255):
-        ask(workplace, kind="sampled", draws=draws)
-        found[draws] = signals_stage.build_signals(load_settings()).cache
-    few, many = found[2], found[255]
+        configure(workplace, kind="sampled", draws=draws)
+        caches[draws] = signals_stage.build_signals(load_settings()).cache
+    few, many = caches[2], caches[255]
     assert few is not None and many is not None
     assert few.size_bytes < many.size_bytes and many.rows == few.rows and many.dtype == "float16"
     for kind in ("text", "visual"):
@@ -170,29 +172,29 @@ def test_draws_are_unbiased_take_less_room_and_serve_drawn_rows(workplace: Path,
     batch = Collator(teacher.processor, Template(""), 64, train=True)(
         [samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION][::-5]
     )
-    known, _ = opened().look_up(batch, visual=True, with_attention=False)
+    signals, _ = opened().look_up(batch, visual=True, with_attention=False)
     vlm = VLM(teacher.model)
     with torch.no_grad():
         p = vlm.head(vlm.plain(batch, vlm.features(batch), keep=False)[0]).softmax(-1)
     for rows in (predicting(batch.response), batch.visual):
-        word = known.at(rows)
+        word = signals.at(rows)
         assert isinstance(word, Sampled) and (word.counts.sum(1) == 255).all()
         assert ((word.counts / 255 - p[rows].gather(1, word.tokens)).abs() < 1.01 / 255)[word.counts > 0].all()
         torch.testing.assert_close(word.entropy, torch.special.entr(p[rows]).sum(1), rtol=1e-3, atol=1e-3)
     shared = load_settings().distill.iva.model_dump()
     losses = {}
     for source in ("live", "cache"):
-        ask(workplace, source, kind="sampled", draws=255, iva=shared | {"rows": 2})
+        configure(workplace, source, kind="sampled", draws=255, iva=shared | {"rows": 2})
         signals_stage.main()
         distill("kd_iva")
         losses[source] = [json.loads(line) for line in (STUDENTS / "kd_iva/losses.jsonl").read_text().splitlines()]
-    assert "255 draws of" in (said := capsys.readouterr().out) and "bias" in said
-    for live, kept in zip(losses["live"], losses["cache"], strict=True):
-        assert kept["total"] == pytest.approx(live["total"], abs=2e-3) and kept["iva"] != live["iva"]
+    assert "255 draws of" in (output := capsys.readouterr().out) and "bias" in output
+    for live, cached in zip(losses["live"], losses["cache"], strict=True):
+        assert cached["total"] == pytest.approx(live["total"], abs=2e-3) and cached["iva"] != live["iva"]
 
 
 def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
-    ask(workplace, top_k=4)
+    configure(workplace, top_k=4)
     signals_stage.build_signals(load_settings())
     manifest = SignalManifest.read(SIGNALS / "manifest.json")
     assert manifest.cache is not None
@@ -205,28 +207,28 @@ def test_a_cache_of_anything_else_is_refused_by_name(workplace: Path) -> None:
         with pytest.raises(DataError, match=rf"settings: {name} is .* there, .* here; `dvc repro cache_teacher`"):
             distill("kd")
     manifest.write(SIGNALS / "manifest.json")
-    ask(workplace, top_k=6)
+    configure(workplace, top_k=6)
     with pytest.raises(DataError, match="top_k is 4 there, 6 here"):
         distill("kd")
 
 
 def test_a_damaged_shard_and_an_unknown_sample_are_refused(workplace: Path) -> None:
-    ask(workplace, top_k=4)
+    configure(workplace, top_k=4)
     signals_stage.build_signals(load_settings())
     samples = Samples(DATASET, "train")
     collator = Collator(load(TEACHER, "cpu").processor, Template(""), 64, train=True)
-    known = next(samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION)
-    batch = collator([known, samples[samples.kinds.index(CAPTION)]])
+    sample = next(samples[i] for i, kind in enumerate(samples.kinds) if kind != CAPTION)
+    batch = collator([sample, samples[samples.kinds.index(CAPTION)]])
     with pytest.raises(DataError, match=f"sample {batch.ids[1]}: the teacher's signals do not have it"):
         opened().look_up(batch, visual=True, with_attention=True)
-    batch = collator([known])
+    batch = collator([sample])
     batch.input_ids[0, -2] += 1
-    with pytest.raises(DataError, match=f"sample {known.id}: .* with these tokens"):
+    with pytest.raises(DataError, match=f"sample {sample.id}: .* with these tokens"):
         opened().look_up(batch, visual=True, with_attention=True)
 
     shard = SIGNALS / "shard-00001.safetensors"
-    whole = shard.read_bytes()
-    for content in (whole[:-7], whole[:-1] + bytes([whole[-1] ^ 1])):
+    original = shard.read_bytes()
+    for content in (original[:-7], original[:-1] + bytes([original[-1] ^ 1])):
         shard.write_bytes(content)
         with pytest.raises(DataError, match=r"shard-00001.safetensors: its bytes are not those"):
             opened()
@@ -236,8 +238,8 @@ def test_a_damaged_shard_and_an_unknown_sample_are_refused(workplace: Path) -> N
 
 
 def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask(workplace, top_k=4)
-    wanted = signals_stage.build_signals(load_settings())
+    configure(workplace, top_k=4)
+    expected = signals_stage.build_signals(load_settings())
     shutil.rmtree(SIGNALS)
 
     def full_disk(*_: Any) -> None:
@@ -257,12 +259,12 @@ def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: P
     assert [path.name for path in draft.iterdir()] == ["shard-00000.safetensors"]
     with locked(Path(f"{draft}.lock"), "the test"), pytest.raises(TryAgainError, match="another process is making"):
         signals_stage.build_signals(load_settings())
-    assert signals_stage.build_signals(load_settings()) == wanted  # the shards' sha256 among it
+    assert signals_stage.build_signals(load_settings()) == expected  # the shards' sha256 among it
     assert writes == [f".shard-{n:05d}.safetensors.tmp" for n in (0, 1, 1)]
 
 
 def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> None:
-    ask(workplace, divergence={"kind": "forward", "mix": 0.5, "temperature": 1.0})
+    configure(workplace, divergence={"kind": "forward", "mix": 0.5, "temperature": 1.0})
     study = json.loads(load_settings().study.model_dump_json())
     arms = study["arms"]
     arms["kd"]["divergence"] = {"kind": "reverse", "mix": 0.5, "temperature": 2.0}
@@ -273,14 +275,18 @@ def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> Non
     with pytest.raises(SettingsError) as refusal:
         load_settings()
     assert str(refusal.value).count("or set teacher_signals.source to live") == 3
-    for said in ("arms.kd: divergence.kind is reverse", "arms.kd: divergence.temperature differs", "arms.kd_iva: iva differs"):
-        assert said in str(refusal.value)
-    ask(workplace, source="live")
+    for message in (
+        "arms.kd: divergence.kind is reverse",
+        "arms.kd: divergence.temperature differs",
+        "arms.kd_iva: iva differs",
+    ):
+        assert message in str(refusal.value)
+    configure(workplace, source="live")
     load_settings()
     study["arms"] = {"kd": {**arms["kd"], "divergence": None}}
     write_params(workplace, "study", study)
     write_params(workplace, "evaluate", {"baselines": ["kd"]})
-    ask(workplace, iva={"weighting": "layer", "layer": 2})
+    configure(workplace, iva={"weighting": "layer", "layer": 2})
     with pytest.raises(ModelError, match=r"iva.layer is 2, but teacher .* has layers 0..1"):
         signals_stage.build_signals(load_settings())
 
@@ -292,24 +298,24 @@ def test_a_sample_is_weighed_by_another_ones_attention(workplace: Path) -> None:
     write_params(workplace, "evaluate", {"baselines": ["own"]})
     with pytest.raises(SettingsError, match=r"arms\.other: iva\.change is other_image, and only the cache has other samples'"):
         load_settings()
-    ask(workplace)
+    configure(workplace)
     signals_stage.main()
     samples = [sample for sample in Samples(DATASET, "train", ROWS) if sample.kind != CAPTION]
     rows = [i // 2 for i in range(16)]  # two samples on each, the last two of two images
     student = load(Path("artifacts/models/students/student"), "cpu")
     batch = Collator(student.processor, Template(""), 64, train=True)(samples)
-    own = opened().look_up(batch, visual=True, with_attention=True)[1]
-    assert own is not None and len(own.unique(dim=0)) == len(samples)
-    for change, wanted in {
-        "other_instruction": own.unflatten(0, (-1, 2)).flip(1).flatten(0, 1),
-        "other_image": torch.cat([own[:12].roll(-2, 0), own[12:].roll(-2, 0)]),
+    attention = opened().look_up(batch, visual=True, with_attention=True)[1]
+    assert attention is not None and len(attention.unique(dim=0)) == len(samples)
+    for change, expected in {
+        "other_instruction": attention.unflatten(0, (-1, 2)).flip(1).flatten(0, 1),
+        "other_image": torch.cat([attention[:12].roll(-2, 0), attention[12:].roll(-2, 0)]),
     }.items():
         signals = opened()
         signals.substitute_attention(change, rows)
-        found = signals.look_up(batch, visual=True, with_attention=True)[1]
-        assert found is not None and torch.equal(found, wanted)
-    one, other = distill("own"), distill("other")
-    assert any(not torch.equal(one[name], other[name]) for name in one)
+        substituted = signals.look_up(batch, visual=True, with_attention=True)[1]
+        assert substituted is not None and torch.equal(substituted, expected)
+    own_weights, other_weights = distill("own"), distill("other")
+    assert any(not torch.equal(own_weights[name], other_weights[name]) for name in own_weights)
 
 
 def test_a_sample_of_one_visual_token_is_no_part_of_the_one_before_it() -> None:
