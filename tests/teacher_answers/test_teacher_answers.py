@@ -47,8 +47,8 @@ def seqkd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lines() -> dict[int, Answered]:
-    found = [Answered.model_validate_json(line) for part in sorted(ANSWERS.glob("part-*")) for line in part.open()]
-    return {line.sample: line for line in found}
+    answered = [Answered.model_validate_json(line) for part in sorted(ANSWERS.glob("part-*")) for line in part.open()]
+    return {line.sample: line for line in answered}
 
 
 def trained(run: Run) -> bytes:
@@ -70,37 +70,39 @@ def test_where_none_are_asked_for_only_a_note_is_left(seqkd: Path) -> None:
 def test_each_answer_and_its_log_probability_are_the_teachers(seqkd: Path) -> None:
     stage.main()
     written = AnswerManifest.read(ANSWERS / "manifest.json").written
-    samples, found = Samples(DATASET, "train", ROWS), lines()
-    assert written is not None and set(found) == {i for i, kind in enumerate(samples.kinds) if kind != CAPTION}
-    kept = [len(answers) for line in found.values() for answers in line.answers]
-    assert written.answers == sum(kept) + written.cut_off and 0 < written.cut_off <= 2 * len(found) < written.answers
-    made = assemble("seqkd", load_settings().arm("seqkd"), load_settings())
+    samples, answered = Samples(DATASET, "train", ROWS), lines()
+    assert written is not None and set(answered) == {i for i, kind in enumerate(samples.kinds) if kind != CAPTION}
+    counts = [len(answers) for line in answered.values() for answers in line.answers]
+    assert written.answers == sum(counts) + written.cut_off and 0 < written.cut_off <= 2 * len(answered) < written.answers
+    job = assemble("seqkd", load_settings().arm("seqkd"), load_settings())
     teacher = load(Path("artifacts/models/teachers/base"), "cpu")
-    several = [row for row, line in found.items() if max(map(len, line.answers), default=0) > 1][:3]
+    several = [row for row, line in answered.items() if max(map(len, line.answers), default=0) > 1][:3]
     assert several
     for row in several:
-        answers, log_probs = max(zip(found[row].answers, found[row].log_probs, strict=True), key=lambda one: len(one[0]))
+        answers, log_probs = max(
+            zip(answered[row].answers, answered[row].log_probs, strict=True), key=lambda pair: len(pair[0])
+        )
         for turn, (tokens, log_prob) in enumerate(zip(answers, log_probs, strict=True)):
-            given = prompt(teacher.model, made.collator.of_prompts([samples[row]], [answers[:turn]]))
-            asked = given["input_ids"].shape[1]
-            whole = torch.cat([given["input_ids"], torch.tensor([tokens])], dim=1)
+            given = prompt(teacher.model, job.collator.of_prompts([samples[row]], [answers[:turn]]))
+            prompt_length = given["input_ids"].shape[1]
+            input_ids = torch.cat([given["input_ids"], torch.tensor([tokens])], dim=1)
             with torch.no_grad():
-                logits = teacher.model(**given | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits
-            each = logits[0, asked - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
+                logits = teacher.model(**given | {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}).logits
+            each = logits[0, prompt_length - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
             assert log_prob == pytest.approx(float(each.sum()), rel=1e-4)
 
 
 def test_epochs_take_one_answer_after_another_and_samples_without_any_are_left_out(seqkd: Path) -> None:
     stage.main()
-    made, found = assemble("seqkd", load_settings().arm("seqkd"), load_settings()), lines()
-    assert {len(line.answers) for line in found.values()} == {0, 1, 2}
-    assert made.order.samples == [sample for sample, line in found.items() if line.answers]
-    steps = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, None, made.answers)
+    job, answered = assemble("seqkd", load_settings().arm("seqkd"), load_settings()), lines()
+    assert {len(line.answers) for line in answered.values()} == {0, 1, 2}
+    assert job.order.samples == [sample for sample, line in answered.items() if line.answers]
+    steps = Steps(job.samples, job.collator, job.order, job.distill, 0, 1, None, job.answers)
     for step in range(8):  # two epochs
         ((batch, _),) = steps[step]  # type: ignore[misc]
-        for row, (key, sample) in enumerate(made.order.batch(step)):
-            answers = found[sample].answers
-            taken = answers[made.order.epoch(key) % len(answers)]
+        for row, (key, sample) in enumerate(job.order.batch(step)):
+            answers = answered[sample].answers
+            taken = answers[job.order.epoch(key) % len(answers)]
             assert batch.input_ids[row][batch.response[row]].tolist() == [token for answer in taken for token in answer]
     write_params(seqkd, "distill", {"teacher_answers": GREEDY | {"max_new_tokens": 1}})
     stage.main()
@@ -110,13 +112,13 @@ def test_epochs_take_one_answer_after_another_and_samples_without_any_are_left_o
 
 def test_filters_keep_what_is_right_or_likely_up_to_the_first_that_is_not(seqkd: Path) -> None:
     stage.main()
-    asked = facts(load_settings())
+    answer_facts = facts(load_settings())
 
-    def kept(keep: Any) -> dict[int, list[list[list[int]]]]:
-        return Answers(ANSWERS, asked, keep)._conversations
+    def conversations(keep: Any) -> dict[int, list[list[list[int]]]]:
+        return Answers(ANSWERS, answer_facts, keep)._conversations
 
     written = {i: line for i, line in lines().items() if line.answers}
-    assert kept(None) == {i: line.answers for i, line in written.items()}
+    assert conversations(None) == {i: line.answers for i, line in written.items()}
     per_token = {
         tuple(ids): total / len(ids)
         for line in written.values()
@@ -124,7 +126,7 @@ def test_filters_keep_what_is_right_or_likely_up_to_the_first_that_is_not(seqkd:
         for ids, total in zip(answers, totals, strict=True)
     }
     median = statistics.median(total for line in written.values() for totals in per_answer(line) for total in totals)
-    likely = kept("likely")
+    likely = conversations("likely")
     for i, line in written.items():
         assert likely.get(i, []) == [
             answers[:count]
@@ -146,9 +148,9 @@ def test_filters_keep_what_is_right_or_likely_up_to_the_first_that_is_not(seqkd:
     assert manifest.written is not None
     files = {part.name: sha256([part])}
     AnswerManifest(written=manifest.written.model_copy(update={"files": files})).write(ANSWERS / "manifest.json")
-    assert kept("right") == {first: written[first].answers}
+    assert conversations("right") == {first: written[first].answers}
     with pytest.raises(DataError, match=r"none of the teacher's [\d,]+ answers is right and has an end; raise"):
-        Answers(ANSWERS, asked, "right").answered([i for i in written if i != first])
+        Answers(ANSWERS, answer_facts, "right").answered([i for i in written if i != first])
 
 
 def per_answer(line: Answered) -> list[list[float]]:
@@ -167,7 +169,7 @@ def test_a_line_separator_in_an_answer_is_no_end_of_line(seqkd: Path) -> None:
 def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "PART", 4)
     stage.main()
-    whole = {path.name: path.read_bytes() for path in ANSWERS.iterdir()}
+    outputs = {path.name: path.read_bytes() for path in ANSWERS.iterdir()}
     shutil.rmtree(ANSWERS)
     write, calls = Writer.write, []
 
@@ -182,7 +184,7 @@ def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monke
         stage.generate(load_settings())
     assert not ANSWERS.exists()
     stage.generate(load_settings())
-    assert {path.name: path.read_bytes() for path in ANSWERS.iterdir()} == whole
+    assert {path.name: path.read_bytes() for path in ANSWERS.iterdir()} == outputs
     assert len(calls) == 6 + 8 - 4, "what was written of it is not written again"
     bytes_of = trained(Run(None))
     shutil.rmtree(FOLDER)
@@ -192,7 +194,7 @@ def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("arm", "distills", "said"),
+    ("arm", "distills", "message"),
     [
         ({}, {"teacher_answers": None}, "arms.seqkd.answers: the teacher writes none"),
         (
@@ -205,10 +207,10 @@ def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monke
         ({}, {"teacher_answers": GREEDY | {"samples": 2}}, "greedy answers are all the same"),
     ],
 )
-def test_what_cannot_be_combined_is_refused(seqkd: Path, arm: dict[str, Any], distills: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_combined_is_refused(seqkd: Path, arm: dict[str, Any], distills: dict[str, Any], message: str) -> None:
     write_params(seqkd, "study", {"arms": {"seqkd": ARM | arm}})
     write_params(seqkd, "distill", distills)
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         load_settings()
 
 
