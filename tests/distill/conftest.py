@@ -74,11 +74,11 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def own_environment() -> Iterator[None]:
     """`launch` writes to the environment for its processes; a stage ends there, a test does not."""
-    before = dict(os.environ)
+    original = dict(os.environ)
     yield
-    for name in set(os.environ) - set(before):
+    for name in set(os.environ) - set(original):
         del os.environ[name]
-    os.environ |= before
+    os.environ |= original
 
 
 def write_params(root: Path, file: str, values: dict[str, Any]) -> None:

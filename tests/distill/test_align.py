@@ -67,8 +67,8 @@ def test_nothing_is_compared_and_dvc_repro_comes_to_its_end(
         Path("artifacts/scores/align/scores.json")
     )
     compare()
-    told = capsys.readouterr().out
-    assert "evaluate teacher: nothing to do" in told and "compare: nothing to do" in told
+    output = capsys.readouterr().out
+    assert "evaluate teacher: nothing to do" in output and "compare: nothing to do" in output
     assert "| align | 25.0% |" in Path("reports/compare.md").read_text()
     assert Path("reports/plots").is_dir() and Path("reports/report.html").exists()  # dvc.yaml lists them
     with pytest.raises(DataError, match=r"compare.json holds no Comparison: .*stage is align"):
@@ -87,8 +87,8 @@ def test_it_trains_on_the_captions(aligning: Path, capsys: pytest.CaptureFixture
 def test_what_it_made_is_the_start_of_a_distillation(aligning: Path) -> None:
     run("align")
     teacher = saved(aligning / "theirs", word_processor(), hidden=48)
-    made = {"source": "artifacts/students/align/model", "revision": None}
-    family = {"teachers": {"base": {"source": str(teacher), "revision": None}}, "students": {"student": made}}
+    student_source = {"source": "artifacts/students/align/model", "revision": None}
+    family = {"teachers": {"base": {"source": str(teacher), "revision": None}}, "students": {"student": student_source}}
     write_params(aligning, "models", {"pretrained": family})
     weights = dict.fromkeys(("sft", "kd", "iva", "tpa"), 1.0)
     write_params(aligning, "study", {"arms": {"next": {"weights": weights, "student": "student", "seed": 1}}})

@@ -26,17 +26,17 @@ from tests.distill.test_scale import StopsAt, legible, runtime
 
 def test_the_interpolation_follows_the_published_schedule() -> None:
     losses, steps = [3.0, 2.5, 2.6, 1.0, 0.9, 0.2], 50
-    found = Interpolation(0.2, 0.05)
-    t, momentum, before = 0.2, 0.0, None
+    interpolation = Interpolation(0.2, 0.05)
+    t, momentum, previous = 0.2, 0.0, None
     for s, loss in enumerate(losses):
-        found.stepped(torch.tensor(loss), s / steps)
-        if before is not None:
-            momentum = 0.99 * momentum + 0.01 * (before - loss) / before
+        interpolation.stepped(torch.tensor(loss), s / steps)
+        if previous is not None:
+            momentum = 0.99 * momentum + 0.01 * (previous - loss) / previous
             t = min(1.0, max(0.2 + 0.8 * s / steps, t + 0.05 / (1 + math.exp(-momentum)) * (1 - t)))
-        before = loss
-        assert float(found.t) == pytest.approx(t, rel=1e-6)
-    found.stepped(torch.tensor(0.1), 0.9)
-    assert float(found.t) == pytest.approx(0.92)
+        previous = loss
+        assert float(interpolation.t) == pytest.approx(t, rel=1e-6)
+    interpolation.stepped(torch.tensor(0.1), 0.9)
+    assert float(interpolation.t) == pytest.approx(0.92)
 
 
 FOLDER = Path("artifacts/students/all")
@@ -72,14 +72,14 @@ def losses() -> list[dict[str, float]]:
 
 
 def test_every_term_trains_through_the_stage_and_resumes_to_the_same_bytes(every: Path) -> None:
-    whole = trained(Run(None))
-    assert all(whole[1][-1][name] > 0 for name in load_settings().arm("all").weights)
+    expected = trained(Run(None))
+    assert all(expected[1][-1][name] > 0 for name in load_settings().arm("all").weights)
     shutil.rmtree(FOLDER)
     with pytest.raises(Interrupted):
         trained(StopsAt(2))
     (checkpoint,) = Path(".runs/distill").rglob("step-*")
     assert load_file(checkpoint / "model.safetensors")["method.term_modules.taid.t"] > 0.4
-    assert trained(Run(None)) == whole
+    assert trained(Run(None)) == expected
 
 
 def test_two_processes_that_checkpoint_and_accumulate_train_as_one(
@@ -87,13 +87,13 @@ def test_two_processes_that_checkpoint_and_accumulate_train_as_one(
 ) -> None:
     """Under FSDP2."""
     legible(every)
-    _, wanted = trained(Run(None))
+    _, expected = trained(Run(None))
     shutil.rmtree(FOLDER)
     write_params(every, "distill", {"gradient_checkpointing": True, "flex_attention": False, "micro_batch_size": 1})
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     launch(runtime(devices=2, accelerate="fsdp2"), "cpu", ["--arm", "all"], module="tests.distill.fsdp2_on_cpu")
-    for mine, theirs in zip(wanted, losses(), strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-7)  # 1 - cos is rounded at 1
+    for one_process, two_processes in zip(expected, losses(), strict=True):
+        assert two_processes == pytest.approx(one_process, rel=1e-4, abs=1e-7)  # 1 - cos is rounded at 1
 
 
 def test_through_adapters(every: Path) -> None:
@@ -101,6 +101,6 @@ def test_through_adapters(every: Path) -> None:
     shutil.rmtree(FOLDER)
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
     write_params(every, "distill", {"trainable": load_settings().distill.trainable.model_dump() | {"lora": lora}})
-    _, found = trained(Run(None))
-    assert found[0]["total"] == pytest.approx(exact[0]["total"]) and found[0]["grad_norm"] < exact[0]["grad_norm"]
-    assert found[-1]["total"] < found[0]["total"]
+    _, adapted = trained(Run(None))
+    assert adapted[0]["total"] == pytest.approx(exact[0]["total"]) and adapted[0]["grad_norm"] < exact[0]["grad_norm"]
+    assert adapted[-1]["total"] < adapted[0]["total"]

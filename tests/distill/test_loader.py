@@ -30,22 +30,22 @@ def steps_of(max_length: int = 64, rank: int = 0, ranks: int = 1, **changes: Any
     return Steps(samples, collator, Sampler(list(range(len(samples))), settings.batch_size, 1), settings, rank, ranks)
 
 
-def same(one: MicroBatches, other: MicroBatches) -> bool:
-    return [(batch.ids, keys) for batch, keys in one] == [(batch.ids, keys) for batch, keys in other] and all(
+def same(first: MicroBatches, second: MicroBatches) -> bool:
+    return [(batch.ids, keys) for batch, keys in first] == [(batch.ids, keys) for batch, keys in second] and all(
         torch.equal(a.input_ids, b.input_ids)
         and (a.pixel_values is b.pixel_values or torch.equal(a.pixel_values, b.pixel_values))
-        for (a, _), (b, _) in zip(one, other, strict=True)
+        for (a, _), (b, _) in zip(first, second, strict=True)
     )
 
 
 def test_two_loaders_give_what_none_does_from_any_step_on(workplace: Path) -> None:
     torch.manual_seed(0)
-    before = torch.random.get_rng_state()
-    here = list(batches(steps_of(micro_batch_tokens=64), 0, 4, loaders=0))
-    assert torch.equal(torch.random.get_rng_state(), before)  # the run's own stream is not drawn from
-    assert len(here) == 4 and not same(here[0], here[1])
+    rng_state = torch.random.get_rng_state()
+    inline = list(batches(steps_of(micro_batch_tokens=64), 0, 4, loaders=0))
+    assert torch.equal(torch.random.get_rng_state(), rng_state)  # the run's own stream is not drawn from
+    assert len(inline) == 4 and not same(inline[0], inline[1])
     ahead = list(batches(steps_of(micro_batch_tokens=64), 2, 4, loaders=2))
-    assert all(same(one, other) for one, other in zip(here[2:], ahead, strict=True))
+    assert all(same(first, second) for first, second in zip(inline[2:], ahead, strict=True))
 
 
 def test_passes_by_length_encode_a_rank_s_own_samples_once(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,12 +61,12 @@ def test_passes_by_length_encode_a_rank_s_own_samples_once(workplace: Path, monk
 
 
 def test_ranks_load_their_shares_of_the_same_batch(workplace: Path) -> None:
-    whole = next(batches(steps_of(), 0, 1, loaders=0))
+    full = next(batches(steps_of(), 0, 1, loaders=0))
     shares = [next(batches(steps_of(rank=rank, ranks=2), 0, 1, loaders=0)) for rank in range(2)]
-    assert [id_ for batch, _ in whole for id_ in batch.ids] == [
+    assert [id_ for batch, _ in full for id_ in batch.ids] == [
         id_ for share in shares for batch, _ in share for id_ in batch.ids
     ]
-    assert [key for _, keys in whole for key in keys] == [key for share in shares for _, keys in share for key in keys]
+    assert [key for _, keys in full for key in keys] == [key for share in shares for _, keys in share for key in keys]
 
 
 def test_a_sample_that_cannot_be_used_is_named_when_its_step_comes(workplace: Path) -> None:
@@ -84,8 +84,8 @@ class _Fails(Steps):
 
 
 def failing() -> _Fails:
-    whole = steps_of()
-    return _Fails(whole.samples, whole.collator, whole.order, whole.settings, 0, 1)
+    steps = steps_of()
+    return _Fails(steps.samples, steps.collator, steps.order, steps.settings, 0, 1)
 
 
 def test_a_fault_in_a_loader_ends_the_training_as_it_would_here(workplace: Path) -> None:
@@ -95,19 +95,19 @@ def test_a_fault_in_a_loader_ends_the_training_as_it_would_here(workplace: Path)
 
 def test_batches_come_without_shared_memory(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers have little of it, and a tensor that finds no room there never arrives."""
-    seen: list[Any] = []
+    payloads: list[Any] = []
     unpickle = pickle.loads
-    monkeypatch.setattr("components.distill.loader.pickle.loads", lambda packed: seen.append(packed) or unpickle(packed))
+    monkeypatch.setattr("components.distill.loader.pickle.loads", lambda packed: payloads.append(packed) or unpickle(packed))
     ahead = list(batches(steps_of(), 0, 2, loaders=1))
-    assert len(seen) == 2 and all(isinstance(packed, bytes) for packed in seen)
+    assert len(payloads) == 2 and all(isinstance(packed, bytes) for packed in payloads)
     assert not any(batch.input_ids.is_shared() for micro in ahead for batch, _ in micro)
 
 
 def test_a_loader_that_is_killed_is_a_sentence(workplace: Path) -> None:
-    before = active_children()
+    existing = active_children()
     stream = batches(steps_of(), 0, 1000, loaders=1)
     next(stream)
-    (loader,) = set(active_children()) - set(before)
+    (loader,) = set(active_children()) - set(existing)
     assert loader.pid is not None
     with pytest.raises(TryAgainError, match=r"a process that loads batches .*loaders"), worker_errors():
         os.kill(loader.pid, signal.SIGKILL)

@@ -110,15 +110,15 @@ def test_two_processes_train_as_one(opened: Path, own_environment: None, way: st
     write_params(opened, "distill", {"gradient_checkpointing": checkpointing, "flex_attention": False})
     legible(opened)
     alone = trained()
-    wanted, student = losses(alone), load_file(alone / "model/model.safetensors")
+    expected, student = losses(alone), load_file(alone / "model/model.safetensors")
     shutil.rmtree(alone)
     module = "tests.distill.fsdp2_on_cpu" if way == "fsdp2" else "components.distill"
     launch(runtime(devices=2, accelerate=way), "cpu", ["--arm", ARM], module=module)
-    for mine, theirs in zip(wanted, losses(alone), strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-5)
+    for one_process, two_processes in zip(expected, losses(alone), strict=True):
+        assert two_processes == pytest.approx(one_process, rel=1e-5)
     start = load_file("artifacts/models/students/student/model.safetensors")
-    found = load_file(alone / "model/model.safetensors")
-    assert found.keys() == start.keys()
+    weights = load_file(alone / "model/model.safetensors")
+    assert weights.keys() == start.keys()
     for name, weight in student.items():
         moved = (weight - start[name]).double().norm()
-        assert (found[name] - weight).double().norm() <= 1e-3 * moved + 1e-6, name
+        assert (weights[name] - weight).double().norm() <= 1e-3 * moved + 1e-6, name

@@ -28,13 +28,13 @@ def planted(monkeypatch: pytest.MonkeyPatch, sample_id: str, value: float) -> No
     clean = Collator.images
 
     def images(self: Collator, samples) -> list[Processed]:
-        made = clean(self, samples)
+        processed = clean(self, samples)
         for i, sample in enumerate(samples):
             if sample.id == sample_id:
-                pixels = made[i].tensors["pixel_values"].clone()
+                pixels = processed[i].tensors["pixel_values"].clone()
                 pixels[0, 0, 0, 0] = value
-                made[i] = Processed(made[i].texts, {"pixel_values": pixels})
-        return made
+                processed[i] = Processed(processed[i].texts, {"pixel_values": pixels})
+        return processed
 
     monkeypatch.setattr(Collator, "images", images)
 
@@ -67,8 +67,8 @@ def test_the_dump_holds_the_weights_from_before_the_step(workplace: Path, monkey
     dumped = load_file(stopped("kd") / "student.safetensors")
     start = load_file(START / "model.safetensors")
     embedding = next(name for name in dumped if name.endswith("embed_tokens.weight"))
-    found = next(name for name in start if name.endswith("embed_tokens.weight"))
-    assert torch.equal(dumped[embedding], start[found])
+    start_embedding = next(name for name in start if name.endswith("embed_tokens.weight"))
+    assert torch.equal(dumped[embedding], start[start_embedding])
     assert all(tensor.isfinite().all() for tensor in dumped.values())
 
 

@@ -58,14 +58,15 @@ def test_equal_grids_map_by_the_identity(side: int) -> None:
     assert torch.equal(bilinear(side, side), torch.eye(side * side))
 
 
-@pytest.mark.parametrize(("theirs", "mine"), [(4, 2), (2, 4), (27, 14), (3, 1)])
-def test_weights_sum_to_one_and_keep_an_even_slope(theirs: int, mine: int) -> None:
-    weights = bilinear(theirs, mine)
-    torch.testing.assert_close(weights.sum(1), torch.ones(mine * mine))
-    centres = (torch.arange(theirs) + 0.5) / theirs
-    found = (weights @ centres.repeat(theirs)).view(mine, mine)
-    inside = slice(1, -1) if mine > theirs else slice(None)  # outside of the outermost centres there is nothing to go by
-    torch.testing.assert_close(found[0][inside], ((torch.arange(mine) + 0.5) / mine)[inside])
+@pytest.mark.parametrize(("teacher_side", "student_side"), [(4, 2), (2, 4), (27, 14), (3, 1)])
+def test_weights_sum_to_one_and_keep_an_even_slope(teacher_side: int, student_side: int) -> None:
+    weights = bilinear(teacher_side, student_side)
+    torch.testing.assert_close(weights.sum(1), torch.ones(student_side * student_side))
+    centres = (torch.arange(teacher_side) + 0.5) / teacher_side
+    slope = (weights @ centres.repeat(teacher_side)).view(student_side, student_side)
+    # Outside of the outermost centres there is nothing to go by.
+    inside = slice(1, -1) if student_side > teacher_side else slice(None)
+    torch.testing.assert_close(slope[0][inside], ((torch.arange(student_side) + 0.5) / student_side)[inside])
 
 
 @pytest.mark.parametrize("route", ["continuation", "expanded"])
@@ -74,10 +75,10 @@ def test_on_equal_grids_nothing_changes(coarse: Path, route: str) -> None:
     for parameter in teacher.model.parameters():
         parameter.data.mul_(1.3)
     assert grids(teacher, student) is None
-    found = module(student, teacher, (2, 2), route)(collated(student, teacher), KEYS)
+    terms = module(student, teacher, (2, 2), route)(collated(student, teacher), KEYS)
     expected = module(student, teacher, None, route)(collated(student, None), KEYS)
-    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-6, atol=1e-6)
-    assert torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(terms.sums, expected.sums, rtol=1e-6, atol=1e-6)
+    assert torch.equal(terms.counts, expected.counts)
 
 
 @pytest.mark.parametrize("route", ["continuation", "expanded"])
@@ -87,12 +88,16 @@ def test_text_rows_are_the_teachers_own_and_the_loss_falls(coarse: Path, fine: P
     assert sides == (4, 2)
     assert check_pair(teacher, student, own_images=True) == student.vocabulary
     step, batch = module(student, teacher, sides, route), collated(student, teacher)
-    theirs = batch.teacher
-    assert theirs is not None and theirs.visual.sum(1).tolist() == [16, 0, 16] and batch.visual.sum(1).tolist() == [4, 0, 4]
+    teacher_batch = batch.teacher
+    assert (
+        teacher_batch is not None
+        and teacher_batch.visual.sum(1).tolist() == [16, 0, 16]
+        and batch.visual.sum(1).tolist() == [4, 0, 4]
+    )
     with torch.no_grad():
         of_teacher, of_student = (
             m.model(input_ids=b.input_ids, pixel_values=b.pixel_values).logits[:, :-1][b.response[:, 1:]].log_softmax(-1)
-            for m, b in ((teacher, theirs), (student, batch))
+            for m, b in ((teacher, teacher_batch), (student, batch))
         )
     terms = step(batch, KEYS)
     kd = (of_teacher.exp() * (of_teacher - of_student)).sum()
@@ -113,8 +118,8 @@ def test_text_rows_are_the_teachers_own_and_the_loss_falls(coarse: Path, fine: P
 def test_both_routes_agree_about_alternatives(coarse: Path, fine: Path) -> None:
     student, teacher = load(coarse, "cpu"), load(fine, "cpu")
     batch = collated(student, teacher)
-    one, other = (module(student, teacher, (4, 2), route)(batch, KEYS) for route in ("continuation", "expanded"))
-    torch.testing.assert_close(one.sums, other.sums, rtol=1e-5, atol=1e-5)
+    continued, expanded = (module(student, teacher, (4, 2), route)(batch, KEYS) for route in ("continuation", "expanded"))
+    torch.testing.assert_close(continued.sums, expanded.sums, rtol=1e-5, atol=1e-5)
 
 
 def test_grids_that_go_by_shape_are_refused(coarse: Path) -> None:

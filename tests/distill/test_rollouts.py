@@ -56,10 +56,10 @@ def gkd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tokens alone may be drawn, so that most answers end and conversations go on."""
-    made = Writer.__init__
+    original = Writer.__init__
 
     def few(self: Writer, *arguments: Any) -> None:
-        made(self, *arguments)
+        original(self, *arguments)
         self.barred[:] = True
         self.barred[[self.eos_id, 20, 21]] = False
 
@@ -73,9 +73,11 @@ def job() -> Job:
 
 def answers(of: Job, step: int, rank: int = 0, ranks: int = 1, gold: bool = False) -> dict[str, list[int]]:
     """Tokens trained on, by sample; of the data, if `gold`."""
-    found = Steps(of.samples, of.collator, of.order, of.distill, rank, ranks, None if gold else of.rollouts)[step]
-    assert isinstance(found, list)
-    return {name: batch.input_ids[i][batch.response[i]].tolist() for batch, _ in found for i, name in enumerate(batch.ids)}
+    micro_batches = Steps(of.samples, of.collator, of.order, of.distill, rank, ranks, None if gold else of.rollouts)[step]
+    assert isinstance(micro_batches, list)
+    return {
+        name: batch.input_ids[i][batch.response[i]].tolist() for batch, _ in micro_batches for i, name in enumerate(batch.ids)
+    }
 
 
 def trained(run: Run) -> tuple[bytes, str]:
@@ -89,78 +91,78 @@ def test_greedy_answers_and_their_loss_are_those_of_a_plain_loop(
     gkd: Path, monkeypatch: pytest.MonkeyPatch, turns: int
 ) -> None:
     put(gkd, share=1.0, temperature=0.0)
-    made = job()
-    assert made.rollouts is not None
-    if turns == 2:  # nothing but the end may be said
-        made.rollouts.writer.barred[:] = True
-        made.rollouts.writer.barred[made.collator.eos_id] = False
-    model, teacher, tokenizer = made.student.model, made.module.teacher.vlm.model, made.student.processor.tokenizer
-    barred, eos = made.rollouts.writer.barred, made.collator.eos_id
-    ((batch, keys),) = Steps(made.samples, made.collator, made.order, made.distill, 0, 1, made.rollouts)[0]
-    losses, said = [], []
-    for row, (_, index) in enumerate(made.order.batch(0)):
-        sample = made.samples[index]
+    setup = job()
+    assert setup.rollouts is not None
+    if turns == 2:  # nothing but the end may be drawn
+        setup.rollouts.writer.barred[:] = True
+        setup.rollouts.writer.barred[setup.collator.eos_id] = False
+    model, teacher, tokenizer = setup.student.model, setup.module.teacher.vlm.model, setup.student.processor.tokenizer
+    barred, eos = setup.rollouts.writer.barred, setup.collator.eos_id
+    ((batch, keys),) = Steps(setup.samples, setup.collator, setup.order, setup.distill, 0, 1, setup.rollouts)[0]
+    losses, turn_counts = [], []
+    for row, (_, index) in enumerate(setup.order.batch(0)):
+        sample = setup.samples[index]
         answers: list[list[int]] = []
         while len(answers) < len(sample.turns) and all(answer[-1] == eos for answer in answers):
-            given = prompt(model, made.collator.of_prompts([sample], [answers]))
-            tokens, asked = given.pop("input_ids"), given["attention_mask"].shape[1]
-            while tokens.shape[1] < asked + 6 and (tokens.shape[1] == asked or tokens[0, -1] != eos):
+            given = prompt(model, setup.collator.of_prompts([sample], [answers]))
+            tokens, prompt_length = given.pop("input_ids"), given["attention_mask"].shape[1]
+            while tokens.shape[1] < prompt_length + 6 and (tokens.shape[1] == prompt_length or tokens[0, -1] != eos):
                 with torch.no_grad():
                     logits = model(**given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).logits[:, -1]
                 tokens = torch.cat([tokens, logits.masked_fill(barred, float("-inf")).argmax(-1, keepdim=True)], dim=1)
-            answers.append(tokens[0, asked:].tolist())
+            answers.append(tokens[0, prompt_length:].tolist())
         assert batch.input_ids[row][batch.attention_mask[row].bool()].tolist() == tokens[0].tolist()
-        said.append(len(answers))
+        turn_counts.append(len(answers))
         rows = predicting(batch.response)[row][batch.attention_mask[row].bool()]
-        whole = given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        inputs = given | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with torch.no_grad():
-            p, q = (each(**whole).logits[0, rows, : len(tokenizer)].double().softmax(-1) for each in (teacher, model))
+            p, q = (each(**inputs).logits[0, rows, : len(tokenizer)].double().softmax(-1) for each in (teacher, model))
         middle = ((p + q) / 2).log()
         losses.append((F.kl_div(middle, p, reduction="none") + F.kl_div(middle, q, reduction="none")).sum(-1) / 2)
-    assert max(said) == turns
+    assert max(turn_counts) == turns
     assert predicting(batch.response).sum() == sum(map(len, losses))
     with torch.no_grad():
-        sums = made.module(batch, keys)
+        sums = setup.module(batch, keys)
     assert float(sums.sums[1] / sums.counts[1]) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
 def test_draws_depend_on_seed_epoch_and_sample_alone(gkd: Path) -> None:
-    whole = answers(job(), 1)
+    full = answers(job(), 1)
     write_params(gkd, "distill", {"micro_batch_size": 1})
     split = job()
-    assert answers(split, 1) == whole
+    assert answers(split, 1) == full
     shares = [answers(split, 1, rank, ranks=2) for rank in range(2)]
-    assert shares[0] | shares[1] == whole
+    assert shares[0] | shares[1] == full
     gold = answers(split, 1, gold=True)
-    assert 0 < sum(whole[name] != gold[name] for name in whole) < len(whole), "some are the student's, and some the data's"
+    assert 0 < sum(full[name] != gold[name] for name in full) < len(full), "some are the student's, and some the data's"
 
 
 def test_an_answer_serves_as_many_epochs_as_asked(gkd: Path, ending: None) -> None:
     put(gkd, share=1.0, reuse=2)
-    made = job()
-    assert made.rollouts is not None
+    setup = job()
+    assert setup.rollouts is not None
     epochs = [{}, {}, {}]
     for step in range(12):
-        epochs[step // 4] |= answers(made, step)
+        epochs[step // 4] |= answers(setup, step)
     assert epochs[0] == epochs[1] != epochs[2] and epochs[0].keys() == epochs[2].keys()
-    assert max(len(answers) for _, answers in made.rollouts.cached_answers.values()) == 2
+    assert max(len(answers) for _, answers in setup.rollouts.cached_answers.values()) == 2
 
 
 @pytest.mark.parametrize("reuse", [1, 2])
 def test_stopped_and_resumed_gives_the_same_bytes(gkd: Path, reuse: int, ending: None) -> None:
     put(gkd, reuse=reuse)
     logged = Logs()
-    whole = trained(logged)
+    expected = trained(logged)
     assert {"rollout/answers", "rollout/cut_off", "rollout/tokens"} <= logged.values.keys()
     assert "50% had an answer that the student wrote" in (FOLDER / "model/README.md").read_text()
     shutil.rmtree(FOLDER)
     with pytest.raises(Interrupted):
         trained(StopsAt(3))
-    assert trained(Run(None)) == whole
+    assert trained(Run(None)) == expected
 
 
 class Logs(Run):
-    """A run that keeps what it is told."""
+    """A run that records the metrics logged to it."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -173,13 +175,13 @@ class Logs(Run):
 def test_two_processes_that_accumulate_train_as_one(gkd: Path, own_environment: None) -> None:
     put(gkd, reuse=2)
     legible(gkd)
-    _, wanted = trained(Run(None))
+    _, expected = trained(Run(None))
     shutil.rmtree(FOLDER)
     write_params(gkd, "distill", {"micro_batch_size": 1})
     launch(runtime(devices=2), "cpu", ["--arm", "gkd"])
-    found = (FOLDER / "losses.jsonl").read_text()
-    for mine, theirs in zip(wanted.splitlines(), found.splitlines(), strict=True):
-        assert json.loads(theirs) == pytest.approx(json.loads(mine), rel=1e-4)
+    losses = (FOLDER / "losses.jsonl").read_text()
+    for one_process, two_processes in zip(expected.splitlines(), losses.splitlines(), strict=True):
+        assert json.loads(two_processes) == pytest.approx(json.loads(one_process), rel=1e-4)
 
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.5, "targets": ["q_proj", "v_proj"]}
@@ -207,7 +209,7 @@ def test_beside_other_options(
 
 
 @pytest.mark.parametrize(
-    ("arms", "distills", "said"),
+    ("arms", "distills", "message"),
     [
         ({"weights": {"sft": 1.0, "kd": 1.0}}, {}, "sft take the data's answers"),
         ({"weights": {"hybrid": 1.0, "dkd": 1.0}}, {}, "dkd, hybrid take"),
@@ -222,11 +224,11 @@ def test_beside_other_options(
         ({"share": 0.0}, {}, "greater than 0"),
     ],
 )
-def test_what_cannot_be_combined_is_refused(gkd: Path, arms: dict[str, Any], distills: dict[str, Any], said: str) -> None:
-    own = {"tpa": load_settings().distill.tpa.model_dump() | arms["tpa"]} if "tpa" in arms else {}
-    put(gkd, **arms | own)
+def test_what_cannot_be_combined_is_refused(gkd: Path, arms: dict[str, Any], distills: dict[str, Any], message: str) -> None:
+    options = {"tpa": load_settings().distill.tpa.model_dump() | arms["tpa"]} if "tpa" in arms else {}
+    put(gkd, **arms | options)
     write_params(gkd, "distill", distills)
-    with pytest.raises(SettingsError, match=f"arms.gkd.rollouts.*{said}"):
+    with pytest.raises(SettingsError, match=f"arms.gkd.rollouts.*{message}"):
         load_settings()
 
 

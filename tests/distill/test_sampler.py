@@ -43,9 +43,9 @@ def test_weighted_samples_come_as_often_as_they_weigh(sizes: list[int], weights:
         for index, weight in enumerate(of_sample):
             assert int(weight) <= held.count(index) <= int(weight) + 1
         assert {w: sum(of_sample[index] == w for index in held) for w in shares} == shares
-    whole = drawn[: epochs * order.epoch_size]
+    complete = drawn[: epochs * order.epoch_size]
     for weight, share in shares.items():
-        counts = [whole.count(index) for index, its in enumerate(of_sample) if its == weight]
+        counts = [complete.count(index) for index, sample_weight in enumerate(of_sample) if sample_weight == weight]
         assert max(counts) - min(counts) <= 1 and sum(counts) == epochs * share
     again = Sampler(list(range(len(of_sample))), size, seed, of_sample)  # resumed: no state but the step
     assert again.batch(3) == order.batch(3)
@@ -57,9 +57,9 @@ def test_weights_of_one_change_nothing() -> None:
 
 
 def test_another_seed_and_another_epoch_are_other_orders() -> None:
-    one, other = Sampler(list(range(50)), 50, 1), Sampler(list(range(50)), 50, 2)
-    assert [i for _, i in one.batch(0)] != [i for _, i in other.batch(0)]
-    assert [i for _, i in one.batch(0)] != [i for _, i in one.batch(1)]
+    first, second = Sampler(list(range(50)), 50, 1), Sampler(list(range(50)), 50, 2)
+    assert [i for _, i in first.batch(0)] != [i for _, i in second.batch(0)]
+    assert [i for _, i in first.batch(0)] != [i for _, i in first.batch(1)]
 
 
 @given(ranks=st.sampled_from([1, 2, 4]), size=st.sampled_from([1, 2, 8, 100]), step=st.integers(0, 3))
@@ -115,7 +115,7 @@ def test_nothing_to_distil_on_is_an_error() -> None:
 def test_every_run_seed_draws_its_own_alternatives() -> None:
     """torch.Generator on a CPU reads 32 bits of a seed: two seeds that differ above them draw the same."""
     response = torch.ones(1, 5, dtype=torch.bool)
-    one, other = (uniforms(response, [draw_key(seed, 7)], 4) for seed in (1, 2))
-    assert not torch.equal(one, other)
-    assert torch.equal(one, uniforms(response, [draw_key(1, 7)], 4))
+    first, second = (uniforms(response, [draw_key(seed, 7)], 4) for seed in (1, 2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, uniforms(response, [draw_key(1, 7)], 4))
     assert len({draw_key(1, key) % 2**32 for key in range(1000)}) == 1000

@@ -89,17 +89,17 @@ def results() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     return losses, load_file(folder / "model/model.safetensors")
 
 
-def assert_same_training(one: tuple[list, dict], other: tuple[list, dict]) -> None:
-    for mine, theirs in zip(one[0], other[0], strict=True):
-        assert all(mine[term] > 0 for term in CORE), "each of the four terms is there to be compared"
+def assert_same_training(expected: tuple[list, dict], actual: tuple[list, dict]) -> None:
+    for expected_line, actual_line in zip(expected[0], actual[0], strict=True):
+        assert all(expected_line[term] > 0 for term in CORE), "each of the four terms is there to be compared"
         for name in (*CORE, "total"):
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-6), (mine["step"], name)
-        assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
+            assert actual_line[name] == pytest.approx(expected_line[name], rel=1e-6), (expected_line["step"], name)
+        assert actual_line["grad_norm"] == pytest.approx(expected_line["grad_norm"], rel=1e-5)
     start = load_file("artifacts/models/students/student/model.safetensors")
-    assert one[1].keys() == other[1].keys()
-    for name, weight in one[1].items():
+    assert expected[1].keys() == actual[1].keys()
+    for name, weight in expected[1].items():
         moved = (weight - start[name]).double().norm()
-        assert (other[1][name] - weight).double().norm() <= 1e-3 * moved + 1e-6, name
+        assert (actual[1][name] - weight).double().norm() <= 1e-3 * moved + 1e-6, name
 
 
 class StopsAt(Run):
@@ -117,7 +117,7 @@ class StopsAt(Run):
 def test_one_process_then_two_then_one_train_as_one_and_sigterm_stops_two(uneven: Path) -> None:
     steps = 60
     write_params(uneven, "distill", {"steps": steps, "checkpoint_every": 1000})
-    wanted = alone()
+    expected = alone()
     with pytest.raises(Interrupted, match="stopped at step 2"):
         alone(StopsAt(1))
     running = subprocess.Popen(
@@ -138,15 +138,15 @@ def test_one_process_then_two_then_one_train_as_one_and_sigterm_stops_two(uneven
         "resumed at 2, saved at the last"
     )
     assert two[-1] < steps
-    assert_same_training(wanted, alone())
+    assert_same_training(expected, alone())
 
 
 def test_fsdp2_trains_as_one_process_with_its_teacher_sharded_too(uneven: Path, own_environment: None) -> None:
     write_params(uneven, "distill", {"checkpoint_every": 2})
-    wanted = alone()
+    expected = alone()
     os.environ["ALIGNTI_TEACHER_SHARDED"] = "true"
     launch(runtime(devices=2, accelerate="fsdp2"), "cpu", ["--arm", ARM], module="tests.distill.fsdp2_on_cpu")
-    assert_same_training(wanted, results())
+    assert_same_training(expected, results())
 
 
 def test_the_first_failing_process_gives_its_exit_code(
@@ -179,9 +179,9 @@ def test_processes_that_nobody_started_are_not_waited_for(monkeypatch: pytest.Mo
 def test_what_another_job_left_in_the_environment_changes_no_gradient(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    made = accelerator_of(load_settings().study.arms[ARM], load_settings())
-    assert made.gradient_accumulation_steps == 1
-    assert made.state.dynamo_plugin.backend == DynamoBackend.NO
+    accelerator = accelerator_of(load_settings().study.arms[ARM], load_settings())
+    assert accelerator.gradient_accumulation_steps == 1
+    assert accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
 
 
 def test_a_configuration_that_is_not_there_is_refused_with_those_that_are(workplace: Path) -> None:
@@ -204,8 +204,8 @@ def test_accelerate_reads_the_shipped_configurations(name: str, kind: Distribute
     config = load_config_from_file(str(REPOSITORY / CONFIGS / f"{name}.yaml"))
     assert config.distributed_type == kind and config.mixed_precision == "no"
     if kind == DistributedType.DEEPSPEED:
-        known = {field.name for field in fields(DeepSpeedPlugin)}
-        plugin = DeepSpeedPlugin(**{key: value for key, value in config.deepspeed_config.items() if key in known})
+        supported = {field.name for field in fields(DeepSpeedPlugin)}
+        plugin = DeepSpeedPlugin(**{key: value for key, value in config.deepspeed_config.items() if key in supported})
         assert plugin.zero_stage == int(name[-1]) and plugin.gradient_accumulation_steps == 1
 
 

@@ -1,4 +1,4 @@
-"""IVA by what the layer search picks: the search, both routes, the live teacher and the cache, and what is said of it."""
+"""IVA by what the layer search picks: the search, both routes, the live teacher and the cache, its card and its logs."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def losses(arm: str) -> list[dict[str, float]]:
 def test_the_pick_trains_on_both_routes_and_the_card_says_which(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picked = LayerChoice.read(IRS / "layer.json").picked
     assert (picked.rule, picked.layer, picked.weighting, picked.rows) == ("given", 1, "centred", "words")
-    one = losses("align_ti")
+    by_rule = losses("align_ti")
     card = (STUDENTS / "align_ti/model/README.md").read_text()
     assert "centred attention of the teacher's layer 1 over the question's words, as the rule `given`" in card
     assert '"searched": {' in card and '"background": "' in card
     write_params(searched, "distill", {"gradient_checkpointing": True})
-    for mine, theirs in zip(losses("align_ti"), one, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3)
+    for checkpointed, plain in zip(losses("align_ti"), by_rule, strict=True):
+        assert checkpointed == pytest.approx(plain, rel=1e-3)
     write_params(searched, "distill", {"iva": {"weighting": "irs", "layer": None}, "gradient_checkpointing": False})
     paper = losses("align_ti")
-    assert paper[0]["iva"] != pytest.approx(one[0]["iva"], rel=1e-3) and paper[0]["kd"] == pytest.approx(one[0]["kd"])
+    assert paper[0]["iva"] != pytest.approx(by_rule[0]["iva"], rel=1e-3) and paper[0]["kd"] == pytest.approx(by_rule[0]["kd"])
     assert '"searched": {' not in (STUDENTS / "align_ti/model/README.md").read_text()
 
 
@@ -66,8 +66,8 @@ def test_how_many_tokens_the_weights_come_to_is_logged(workplace: Path, monkeypa
     logged: dict[str, float] = {}
     monkeypatch.setattr(Run, "metrics", lambda self, values, step=None: logged.update(values))
     losses("kd_uniform")
-    found = {name: value for name, value in logged.items() if name.startswith("iva/")}
-    assert found == pytest.approx({"iva/effective_tokens": NV, "iva/top5": 1.0})
+    concentration = {name: value for name, value in logged.items() if name.startswith("iva/")}
+    assert concentration == pytest.approx({"iva/effective_tokens": NV, "iva/top5": 1.0})
 
 
 def test_the_cache_gives_the_same_training_as_the_live_teacher(searched: Path) -> None:
@@ -81,8 +81,8 @@ def test_the_cache_gives_the_same_training_as_the_live_teacher(searched: Path) -
     signals.main()
     cache = read_manifest(SIGNALS, facts(load_settings()))
     assert (cache.facts.layer, cache.facts.rows) == (1, "words") and cache.facts.background and cache.equal_weights == 0
-    for mine, theirs in zip(losses("kd_iva"), live, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3)
+    for cached_line, live_line in zip(losses("kd_iva"), live, strict=True):
+        assert cached_line == pytest.approx(live_line, rel=1e-3)
     start = load_file("artifacts/models/students/student/model.safetensors")
     for name, weight in load_file(STUDENTS / "kd_iva/model/model.safetensors").items():
         assert (weight - weights[name]).norm() <= 1e-3 * (weights[name] - start[name]).norm() + 1e-6, name
@@ -97,10 +97,10 @@ def test_the_rule_irs_searches_for_what_irs_says(searched: Path) -> None:
     """Training by `searched` under the paper's rule is training by `irs`, to the bit."""
     write_params(searched, "irs", {"rule": "irs", "layer": None, "weighting": "mean", "instruction_rows": "all"})
     search.main()
-    found = losses("kd_iva")
+    expected = losses("kd_iva")
     weights = (STUDENTS / "kd_iva/model/model.safetensors").read_bytes()
     write_params(searched, "distill", {"iva": {"weighting": "irs", "layer": None}})
-    assert losses("kd_iva") == found
+    assert losses("kd_iva") == expected
     assert (STUDENTS / "kd_iva/model/model.safetensors").read_bytes() == weights
 
 
@@ -118,13 +118,13 @@ def test_weights_by_gradient_are_what_each_token_adds_to_the_answer() -> None:
         answer = batch.response[sample].nonzero()[:, 0]
         mean = embeddings[sample, visual].mean(0)
 
-        def said(shift: float, token: int, sample: int = sample, answer: Tensor = answer, mean: Tensor = mean) -> float:
+        def log_prob(shift: float, token: int, sample: int = sample, answer: Tensor = answer, mean: Tensor = mean) -> float:
             moved = embeddings[sample].clone()
             moved[token] += shift * (moved[token] - mean)
             with torch.no_grad():
-                log_p = vlm.model(inputs_embeds=moved[None]).logits[0, answer - 1].log_softmax(-1)
-            return float(log_p.gather(1, batch.input_ids[sample, answer][:, None]).mean())
+                log_probs = vlm.model(inputs_embeds=moved[None]).logits[0, answer - 1].log_softmax(-1)
+            return float(log_probs.gather(1, batch.input_ids[sample, answer][:, None]).mean())
 
-        for place, token in enumerate(visual.tolist()):
-            slope = (said(h, token) - said(-h, token)) / (2 * h)
-            assert float(weights[sample, place]) == pytest.approx(max(0.0, slope), rel=2e-2, abs=1e-4)
+        for index, token in enumerate(visual.tolist()):
+            slope = (log_prob(h, token) - log_prob(-h, token)) / (2 * h)
+            assert float(weights[sample, index]) == pytest.approx(max(0.0, slope), rel=2e-2, abs=1e-4)

@@ -78,10 +78,10 @@ def test_outputs_and_what_was_trained(workplace: Path) -> None:
     cost = Cost.read(folder / "cost.json")
     assert cost.steps == STEPS and cost.step_seconds is not None and cost.peak_memory_mib > 50
     assert 0 < cost.step_seconds < cost.train_seconds
-    before, after = (
+    initial, trained = (
         load_file(path / "model.safetensors") for path in (Path("artifacts/models/students/student"), folder / "model")
     )
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = {name for name in initial if not torch.equal(initial[name], trained[name])}
     assert changed and not any("vision_tower" in name for name in changed)  # frozen, as params/distill.yaml says
     assert any("multi_modal_projector" in name for name in changed) and any("language_model" in name for name in changed)
     assert "1.0" in (folder / "model/README.md").read_text()
@@ -95,11 +95,11 @@ def test_the_student_loads_with_stock_transformers_and_answers(workplace: Path) 
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     inputs = processor(text="what digit is at a1 ?", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit?"}]}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit?"}]}]
     trained = Template.from_settings(load_settings().models.template).render(
         (Turn("<image>what digit?", ""),), ["<image>"], answer=False
     )
-    assert processor.apply_chat_template(asked, tokenize=False) == trained.text  # what servers and kits will send it
+    assert processor.apply_chat_template(messages, tokenize=False) == trained.text  # what servers and kits will send it
 
 
 def test_same_seed_same_bytes_and_another_seed_others(workplace: Path) -> None:
@@ -114,13 +114,13 @@ def test_same_seed_same_bytes_and_another_seed_others(workplace: Path) -> None:
 
 @pytest.mark.parametrize("arm", ["kd", "align_ti"])
 def test_accumulation_gives_the_same_training(workplace: Path, arm: str) -> None:
-    whole = {n: w.double() for n, w in load_file(run(arm) / "model/model.safetensors").items()}
+    full = {n: w.double() for n, w in load_file(run(arm) / "model/model.safetensors").items()}
     write_params(workplace, "distill", {"micro_batch_size": 1})
     split = load_file(run(arm) / "model/model.safetensors")
     start = load_file("artifacts/models/students/student/model.safetensors")
-    for name in whole:
-        moved = (whole[name] - start[name].double()).norm()
-        assert (split[name].double() - whole[name]).norm() <= 1e-3 * moved + 1e-6, name
+    for name in full:
+        moved = (full[name] - start[name].double()).norm()
+        assert (split[name].double() - full[name]).norm() <= 1e-3 * moved + 1e-6, name
 
 
 FIELD: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ FIELD: dict[str, dict[str, Any]] = {
     "mcd": {"weights": {"sft": 1.0, "kd": 1.0, "mcd": 1.0}},
     "va_kd": {"weights": {"sft": 1.0, "va_kd": 1.0}, "va_kd": {"cached": True}},
 }
-KEPT: dict[str, Any] = {
+CACHED: dict[str, Any] = {
     "teacher_answers": {"samples": 2, "temperature": 1.0, "top_p": None, "max_new_tokens": 40},
     "teacher_signals": {
         "source": "live",
@@ -147,7 +147,7 @@ KEPT: dict[str, Any] = {
 
 def assert_kill_9_changes_nothing(root: Path, arm: str, distill: dict[str, Any], seconds: int = 90) -> None:
     write_params(root, "distill", distill)
-    wanted = weights(run(arm))
+    expected = weights(run(arm))
     losses = (STUDENTS / arm / "losses.jsonl").read_text()
     write_params(root, "distill", distill | {"checkpoint_every": 3})
     killed = subprocess.Popen(command(arm), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -158,7 +158,7 @@ def assert_kill_9_changes_nothing(root: Path, arm: str, distill: dict[str, Any],
     assert left, "it was killed after a checkpoint and before the end"
     finished = subprocess.run(command(arm), env=environment(), capture_output=True, text=True, check=True)
     assert "resumed at step" in finished.stdout
-    assert weights(STUDENTS / arm) == wanted
+    assert weights(STUDENTS / arm) == expected
     assert (STUDENTS / arm / "losses.jsonl").read_text() == losses
 
 
@@ -168,7 +168,7 @@ def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(
 ) -> None:
     distill = {"steps": 40}
     if arm in FIELD:
-        distill |= KEPT
+        distill |= CACHED
         write_params(workplace, "study", {"arms": {arm: FIELD[arm] | {"student": "student", "seed": 1}}})
         write_params(workplace, "evaluate", {"baselines": [arm]})
         write_params(workplace, "distill", distill)
@@ -181,8 +181,10 @@ def test_kill_9_in_mid_training_and_resume_gives_the_same_bytes(
 def show_several_images(root: Path, family: str) -> None:
     """A toy pair of the family, and rows of none to four images, in place of the workplace's own."""
     write_params(root, "models", {"max_length": 512})
-    samples = [conversation(*shown) for shown in [(0,), (1,), (1, 1), (2, 1), (0, 2, 2)]]
-    rows = [ImageRow(one.image_id, one.image, ((one.id, one.kind, one.turns),), one.more) for one in samples]
+    samples = [conversation(*counts) for counts in [(0,), (1,), (1, 1), (2, 1), (0, 2, 2)]]
+    rows = [
+        ImageRow(sample.image_id, sample.image, ((sample.id, sample.kind, sample.turns),), sample.more) for sample in samples
+    ]
     shutil.rmtree(DATASET), shutil.rmtree(MODELS)
     train = write_split(DATASET / "train", rows, images_per_shard=9)
     Manifest(

@@ -32,8 +32,8 @@ LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
 RATES = dict.fromkeys(("vision_tower", "projector", "language_model"))
 
 
-def ask(workplace: Path, lora: dict[str, Any] | None = None, **distill: Any) -> DistillSettings:
-    """Write it to params/distill.yaml; return what that says."""
+def configure(workplace: Path, lora: dict[str, Any] | None = None, **distill: Any) -> DistillSettings:
+    """Write it to params/distill.yaml; return the settings."""
     trainable = {"vision_tower": False, "projector": True, "language_model": True, "lora": lora}
     write_params(workplace, "distill", {"trainable": trainable, **distill})
     return load_settings().distill
@@ -42,7 +42,7 @@ def ask(workplace: Path, lora: dict[str, Any] | None = None, **distill: Any) -> 
 def test_adapters_alone_are_trained_and_end_in_plain_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForImageTextToText
 
-    ask(workplace, LORA)
+    configure(workplace, LORA)
     optimised: list[int] = []
 
     class Spy(torch.optim.AdamW):
@@ -52,23 +52,21 @@ def test_adapters_alone_are_trained_and_end_in_plain_weights(workplace: Path, mo
 
     monkeypatch.setattr(loop.torch.optim, "AdamW", Spy)
     _, after = alone()
-    before = load_file(STUDENT / "model.safetensors")
-    assert after.keys() == before.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    targets = {
-        name for name in before if any(f"{target}.weight" in name for target in LORA["targets"]) and "vision" not in name
-    }
-    projector = {name for name in before if "multi_modal_projector" in name}
+    start = load_file(STUDENT / "model.safetensors")
+    assert after.keys() == start.keys()
+    changed = {name for name in start if not torch.equal(start[name], after[name])}
+    targets = {name for name in start if any(f"{target}.weight" in name for target in LORA["targets"]) and "vision" not in name}
+    projector = {name for name in start if "multi_modal_projector" in name}
     assert changed == targets | projector
-    outputs_and_inputs = [sum(before[name].shape) for name in targets]
-    assert optimised == [LORA["rank"] * sum(outputs_and_inputs) + sum(before[name].numel() for name in projector)]
+    outputs_and_inputs = [sum(start[name].shape) for name in targets]
+    assert optimised == [LORA["rank"] * sum(outputs_and_inputs) + sum(start[name].numel() for name in projector)]
     _, report = AutoModelForImageTextToText.from_pretrained(STUDENTS / "align_ti/model", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "adapters"])
 def test_each_part_that_is_trained_is_a_group_with_its_own_rate(workplace: Path, lora: dict[str, Any] | None) -> None:
-    distill = ask(workplace, lora, learning_rates={**RATES, "projector": 5e-3})
+    distill = configure(workplace, lora, learning_rates={**RATES, "projector": 5e-3})
     student = load(STUDENT, "cpu")
     choose_trainable(student, distill)
     groups = {group.pop("name"): group for group in parameter_groups(student.model, distill)}
@@ -83,8 +81,8 @@ def test_each_part_that_is_trained_is_a_group_with_its_own_rate(workplace: Path,
 
 
 def test_equal_rates_are_to_the_last_bit_one_group(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask(workplace)
-    wanted = alone()
+    configure(workplace)
+    expected = alone()
 
     class OneGroup(torch.optim.AdamW):
         def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
@@ -93,18 +91,18 @@ def test_equal_rates_are_to_the_last_bit_one_group(workplace: Path, monkeypatch:
 
     monkeypatch.setattr(loop.torch.optim, "AdamW", OneGroup)
     losses, weights = alone()
-    assert losses == wanted[0] and all(torch.equal(weights[name], wanted[1][name]) for name in weights)
+    assert losses == expected[0] and all(torch.equal(weights[name], expected[1][name]) for name in weights)
 
 
 def test_rates_of_its_own_follow_the_schedule_and_survive_a_resume(workplace: Path) -> None:
-    distill = ask(workplace, checkpoint_every=100, learning_rates={**RATES, "projector": 1e-2})
-    losses, wanted = alone()
+    distill = configure(workplace, checkpoint_every=100, learning_rates={**RATES, "projector": 1e-2})
+    losses, weights = alone()
     ratio = 1e-2 / distill.optimiser.learning_rate
     assert all(line["lr_projector"] == pytest.approx(ratio * line["lr_language_model"]) for line in losses)
     with pytest.raises(Interrupted):
         alone(StopsAt(3))
     again, resumed = alone()
-    assert again == losses and all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+    assert again == losses and all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -112,16 +110,16 @@ def test_the_projector_alone(workplace: Path, checkpointing: bool) -> None:
     trainable = {"vision_tower": False, "projector": True, "language_model": False, "lora": None}
     write_params(workplace, "distill", {"trainable": trainable, "gradient_checkpointing": checkpointing})
     losses, after = alone()
-    before = load_file(STUDENT / "model.safetensors")
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        name for name in before if "multi_modal_projector" in name
+    start = load_file(STUDENT / "model.safetensors")
+    assert {name for name in start if not torch.equal(start[name], after[name])} == {
+        name for name in start if "multi_modal_projector" in name
     }
     assert all(line["grad_norm"] > 0 for line in losses)
 
 
 def test_folding_in_changes_no_output(workplace: Path) -> None:
     student = load(STUDENT, "cpu")
-    choose_trainable(student, ask(workplace, LORA))
+    choose_trainable(student, configure(workplace, LORA))
     model = student.model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -135,19 +133,19 @@ def test_folding_in_changes_no_output(workplace: Path) -> None:
 
 
 def test_dropout_in_adapters_is_the_same_after_resuming(workplace: Path) -> None:
-    ask(workplace, {**LORA, "dropout": 0.3}, checkpoint_every=100)
-    losses, wanted = alone()
+    configure(workplace, {**LORA, "dropout": 0.3}, checkpoint_every=100)
+    losses, weights = alone()
     with pytest.raises(Interrupted):
         alone(StopsAt(3))
     again, resumed = alone()
-    assert again == losses and all(torch.equal(resumed[name], wanted[name]) for name in wanted)
-    ask(workplace, LORA, checkpoint_every=100)
+    assert again == losses and all(torch.equal(resumed[name], weights[name]) for name in weights)
+    configure(workplace, LORA, checkpoint_every=100)
     assert alone()[0] != losses, "dropout does something"
 
 
 def test_what_lora_cannot_do_is_refused(workplace: Path) -> None:
     with pytest.raises(InputError, match=r"targets \['query'\].*the language model has .*q_proj"):
-        choose_trainable(load(STUDENT, "cpu"), ask(workplace, {**LORA, "targets": ["query"]}))
+        choose_trainable(load(STUDENT, "cpu"), configure(workplace, {**LORA, "targets": ["query"]}))
     with pytest.raises(SettingsError, match="lora trains the language model, and language_model is false"):
         trainable = {"vision_tower": False, "projector": True, "language_model": False, "lora": LORA}
         write_params(workplace, "distill", {"trainable": trainable})
@@ -155,7 +153,7 @@ def test_what_lora_cannot_do_is_refused(workplace: Path) -> None:
 
 
 def test_adapters_on_embeddings_that_are_the_head_too_are_refused(workplace: Path) -> None:
-    embeddings = ask(workplace, {**LORA, "targets": ["q_proj", "embed_tokens"]})
+    embeddings = configure(workplace, {**LORA, "targets": ["q_proj", "embed_tokens"]})
     choose_trainable(load(toy.folder("qwen2_5_vl"), "cpu"), embeddings)
     with pytest.raises(InputError, match="embeddings are its output head too"):
         choose_trainable(load(toy.folder("paligemma"), "cpu"), embeddings)
@@ -163,11 +161,11 @@ def test_adapters_on_embeddings_that_are_the_head_too_are_refused(workplace: Pat
 
 def test_passes_by_length_train_the_same(workplace: Path) -> None:
     legible(workplace)
-    wanted = alone()
-    ask(workplace, micro_batch_tokens=64)
-    assert_same_training(wanted, alone())
+    expected = alone()
+    configure(workplace, micro_batch_tokens=64)
+    assert_same_training(expected, alone())
     with pytest.raises(SettingsError, match=r"micro_batch_tokens: 63 is less than one sample may have .*max_length 64"):
-        ask(workplace, micro_batch_tokens=63)
+        configure(workplace, micro_batch_tokens=63)
 
 
 def test_compiled_layers_give_the_same_step() -> None:
