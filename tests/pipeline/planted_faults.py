@@ -47,8 +47,8 @@ def own_image(row: Row, folder: Path, content: bytes) -> None:
 
 
 def turns(row: Row) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = row["conversations"]
-    return found
+    conversation: list[dict[str, str]] = row["conversations"]
+    return conversation
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -129,12 +129,12 @@ def write_data(folder: Path) -> tuple[dict[tuple[str, int], str], dict[str, str]
     images = -(-(GOOD + len(PLANTS) + len(TRIED)) // PER_IMAGE)
     rows = [row for number in range(images) for row in about(number, folder / "images", rng)]
     planted = {}
-    for at, (reason, spoil) in enumerate(PLANTS.items(), start=1):
-        spoil(rows[at * APART], folder / "images")
-        planted["mine", at * APART + 1] = reason
+    for position, (reason, spoil) in enumerate(PLANTS.items(), start=1):
+        spoil(rows[position * APART], folder / "images")
+        planted["mine", position * APART + 1] = reason
     tried = {}
-    for at, (reason_or_none, change_it) in enumerate(TRIED.items(), start=1):
-        row = rows[at * APART + APART // 2]
+    for position, (reason_or_none, change_it) in enumerate(TRIED.items(), start=1):
+        row = rows[position * APART + APART // 2]
         change_it(row, folder / "images")
         if reason_or_none is not None:
             tried[f"mine/{row['id']}"] = reason_or_none
@@ -169,9 +169,9 @@ def about(number: int, images: Path, rng: np.random.Generator) -> list[Row]:
     Image.fromarray(pixels).save(images / name)
     rows = []
     for i in range(PER_IMAGE):
-        asked = {"from": "human", "value": f"<image>\nwhat is at {PLACES[i]} ?"}
+        question = {"from": "human", "value": f"<image>\nwhat is at {PLACES[i]} ?"}
         rows.append(
-            {"id": str(PER_IMAGE * number + i), "image": name, "conversations": [asked, {"from": "gpt", "value": cells[i]}]}
+            {"id": str(PER_IMAGE * number + i), "image": name, "conversations": [question, {"from": "gpt", "value": cells[i]}]}
         )
     return rows
 
@@ -225,18 +225,18 @@ def outcome(root: Path, planted: dict[tuple[str, int], str], tried: dict[str, st
     """Raises AssertionError if it is not what the planted rows ask for."""
     manifest = Manifest.read(root / "artifacts/dataset/manifest.json")
     refused = [json.loads(line) for line in (root / "artifacts/dataset/quarantine.jsonl").read_text().splitlines()]
-    found = {(one["source"], one["row"]): one["reason"] for one in refused}
-    assert found == planted, "each planted row, and no other, for its own reason"
+    reasons = {(entry["source"], entry["row"]): entry["reason"] for entry in refused}
+    assert reasons == planted, "each planted row, and no other, for its own reason"
     assert manifest.rows_in == manifest.rows_out + len(planted)
     remarks = [json.loads(line) for line in (root / "artifacts/rows/remarks.jsonl").read_text().splitlines()]
-    assert {one["id"]: one["reason"] for one in remarks} == tried, "left out or cut for the reason planted, and no other"
+    assert {entry["id"]: entry["reason"] for entry in remarks} == tried, "left out or cut for the reason planted, and no other"
     lines = [f"{manifest.rows_in:,} rows, {len(planted)} planted, {len(refused)} quarantined, each for the reason planted:"]
     lines.append("  " + ", ".join(f"{reason} {count}" for reason, count in Counter(planted.values()).items()))
     lines.append("check_rows: " + ", ".join(f"{reason} {count}" for reason, count in Counter(tried.values()).items()))
     for arm in ("sft", "align_ti"):
         losses = [json.loads(line) for line in (root / f"artifacts/students/{arm}/losses.jsonl").read_text().splitlines()]
         terms = [name for name in ("sft", "kd", "iva", "tpa") if losses[0].get(name)]
-        first, last = ({name: one[name] for name in terms} for one in (losses[0], losses[-1]))
+        first, last = ({name: entry[name] for name in terms} for entry in (losses[0], losses[-1]))
         assert last["sft"] < first["sft"], (arm, first, last)
         lines.append(f"{arm}: " + ", ".join(f"L_{name} {first[name]:.3f} -> {last[name]:.3f}" for name in terms))
     return "\n".join(lines)

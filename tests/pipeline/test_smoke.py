@@ -55,8 +55,8 @@ def processor_time() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def ran(said: str) -> set[str]:
-    return set(re.findall(r"^Running stage '(.+)':", said, re.MULTILINE))
+def ran(output: str) -> set[str]:
+    return set(re.findall(r"^Running stage '(.+)':", output, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +110,15 @@ def test_all_stages_are_tracked_under_one_parent(done: Path) -> None:
 
 def test_a_second_repro_runs_nothing_soon(done: Path) -> None:
     began = processor_time()
-    said = dvc(done, "--wait-for-lock", "repro")
-    assert ran(said) == set()
-    assert "Data and pipelines are up to date." in said
+    output = dvc(done, "--wait-for-lock", "repro")
+    assert ran(output) == set()
+    assert "Data and pipelines are up to date." in output
     assert processor_time() - began < 10
 
 
 def test_dvc_shows_metrics_and_plots(done: Path) -> None:
-    shown = json.loads(dvc(done, "metrics", "show", "--json"))[""]["data"]
-    assert list(shown) == ["reports/metrics.json"] and "exact_match" in shown["reports/metrics.json"]["data"]["teacher"]
+    metrics = json.loads(dvc(done, "metrics", "show", "--json"))[""]["data"]
+    assert list(metrics) == ["reports/metrics.json"] and "exact_match" in metrics["reports/metrics.json"]["data"]["teacher"]
     plots = json.loads(dvc(done, "plots", "show", "--json"))["data"]
     assert plots["reports/scores.csv"] and plots["reports/losses.csv"]
     assert plots["reports/irs/curve.json"]
