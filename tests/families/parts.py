@@ -16,13 +16,13 @@ PX = 16  # 2 x 2 patches
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def siglip_folder(folder: Path, whole: bool = True, seed: int = 0) -> Path:
+def siglip_folder(folder: Path, with_text: bool = True, seed: int = 0) -> Path:
     """As google/siglip-so400m-patch14-384 is: text and vision, a pooling head, a SiglipProcessor; or its vision half."""
     torch.manual_seed(seed)
     vision = siglip(PX, vision_use_head=True, num_hidden_layers=3).to_dict()
     text = {**VISION, "vocab_size": 40, "max_position_embeddings": 8}
     model = tf.SiglipModel(tf.SiglipConfig(text_config=text, vision_config=vision))
-    (model if whole else tf.SiglipVisionModel(tf.SiglipVisionConfig(**vision))).save_pretrained(folder)
+    (model if with_text else tf.SiglipVisionModel(tf.SiglipVisionConfig(**vision))).save_pretrained(folder)
     tf.SiglipImageProcessorPil(size={"height": PX, "width": PX}).save_pretrained(folder)
     (folder / "LICENSE").write_text("Apache-2.0")
     return folder
@@ -37,15 +37,15 @@ def qwen_tokenizer(eos: str, special: tuple[str, ...]) -> Any:
     backend.train_from_iterator([WORDS] * 3, trainer)
     learnt = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
-    made = tf.Qwen2Tokenizer(
+    tokenizer = tf.Qwen2Tokenizer(
         vocab=learnt["vocab"] | {token: len(learnt["vocab"]) + i for i, token in enumerate(special)},
         merges=merges,
         eos_token=eos,
         pad_token="<|endoftext|>",
         unk_token=None,
     )
-    made.add_tokens(list(special), special_tokens=True)
-    return made
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    return tokenizer
 
 
 def qwen_folder(

@@ -25,9 +25,9 @@ def documented(family: str, title: str) -> str:
 
 
 def _parts() -> tuple[str, str, str]:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    table, _, after = rest.partition(END)
-    return before, table, after
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    table, _, tail = rest.partition(END)
+    return head, table, tail
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
     for family, about in FAMILIES.items():
         lines.append([about.title, *(module.check(family) for module in modules)])
         print(*lines[-1], sep=" | ")
-    before, _, after = _parts()
+    head, _, tail = _parts()
     table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-    PAGE.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{head}{START}\n{table}\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

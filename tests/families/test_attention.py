@@ -26,12 +26,12 @@ def check(family: str) -> str:
             numbers = batch.pictures[row]
             parts = []
             for number in range(1, int(numbers.max()) + 1):
-                own = numbers == number
-                after = batch.instruction[row] & (torch.arange(len(own)) > own.nonzero().max())
-                parts.append(attention[row].mean(0)[after][:, own].mean(0))
-            expected, found = torch.cat(parts), look.maps[layer][row]
-            torch.testing.assert_close(found[: len(expected)].double(), expected, rtol=1e-5, atol=1e-7)
-            assert not found[len(expected) :].any()
+                of_image = numbers == number
+                after = batch.instruction[row] & (torch.arange(len(of_image)) > of_image.nonzero().max())
+                parts.append(attention[row].mean(0)[after][:, of_image].mean(0))
+            expected, actual = torch.cat(parts), look.maps[layer][row]
+            torch.testing.assert_close(actual[: len(expected)].double(), expected, rtol=1e-5, atol=1e-7)
+            assert not actual[len(expected) :].any()
         assert not look.maps[layer][1].any(), "no image, no attention"
     return "eager maps" if vlm.model.config.get_text_config()._attn_implementation == "eager" else "beside fused"
 

@@ -77,11 +77,11 @@ def edited(batch: Batch) -> Batch:
     """With edits of all samples: half of an image's tokens those of the image in other colours."""
     assert batch.pixel_values is not None
     other, rows = replace(batch, pixel_values=-batch.pixel_values), int(batch.response.sum())
-    own = ~(batch.visual & (torch.arange(batch.visual.shape[1]) % 2 == 0))
+    keep = ~(batch.visual & (torch.arange(batch.visual.shape[1]) % 2 == 0))
     tokens = torch.arange(4).expand(rows, 4)
-    places, effect = torch.arange(len(own)), torch.arange(len(own)) % 2 == 0
+    places, effect = torch.arange(len(keep)), torch.arange(len(keep)) % 2 == 0
     whole, without = torch.linspace(0, 1, 10 * rows).view(2, rows, 5).softmax(-1)
-    return replace(batch, edits=Edits(batch, other, own.float(), places, effect, tokens, whole, without))
+    return replace(batch, edits=Edits(batch, other, keep.float(), places, effect, tokens, whole, without))
 
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
@@ -92,12 +92,12 @@ def test_embeddings_that_are_mixed_give_either_end(family: str) -> None:
     other = batch.edits.donor
     with torch.no_grad():
         given = vlm.embedded(other, vlm.features(other))
-        found = [vlm.mixed(batch, vlm.features(batch), given, torch.full(batch.visual.shape, end)) for end in (1.0, 0.0)]
-        wanted = [vlm.plain(b, vlm.features(b), keep=False)[0] for b in (batch, other)]
+        actual = [vlm.mixed(batch, vlm.features(batch), given, torch.full(batch.visual.shape, end)) for end in (1.0, 0.0)]
+        expected = [vlm.plain(b, vlm.features(b), keep=False)[0] for b in (batch, other)]
     real = batch.attention_mask.bool()
-    for one, alone in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one[real], alone[real], rtol=1e-4, atol=1e-5)
-    assert (wanted[0][real] - wanted[1][real]).abs().max() > 1e-3
+    for hidden, alone in zip(actual, expected, strict=True):
+        torch.testing.assert_close(hidden[real], alone[real], rtol=1e-4, atol=1e-5)
+    assert (expected[0][real] - expected[1][real]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
@@ -111,10 +111,10 @@ def test_every_further_term_takes_a_step(family: str) -> None:
         module = AlignTI(
             VLM(student.model), FrozenTeacher(VLM(teacher.model), 1, False), Method(weights, shared_vocabulary=shared)
         )
-        found = module(batch, [1, 2, 3])
-        values = dict(zip(module.method.terms, found.sums.tolist(), strict=True))
+        outputs = module(batch, [1, 2, 3])
+        values = dict(zip(module.method.terms, outputs.sums.tolist(), strict=True))
         assert all(0 < values[name] < math.inf for name in weights), values
-        found.sums.sum().backward()
+        outputs.sums.sum().backward()
         assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in module.parameters())
 
     if VLM(student.model).head.cap is not None:
@@ -128,9 +128,9 @@ def check(family: str) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         teacher, student = obtained(family, folder / "t", 1, 3), obtained(family, folder / "s", 2, 2)
-        found = parts(student.model)
+        groups = parts(student.model)
         everything = {id(p) for p in student.model.parameters()}
-        assert {id(p) for of in found.values() for p in of} == everything and all(found.values())
+        assert {id(p) for of in groups.values() for p in of} == everything and all(groups.values())
         layer = measure(teacher, dataset(folder / "data"), Template(""), IRS).layer
         losses = trained(student, teacher, layer, "continuation")
         assert losses[-1] < losses[0], losses

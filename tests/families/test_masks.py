@@ -31,13 +31,13 @@ def eager_maps(family: str) -> tuple[torch.Tensor, ...]:
 def check(family: str) -> str:
     vlm, batch = VLM(toy.loaded(family).model), toy.batch(family)
     with torch.no_grad():
-        _, kept = vlm.plain(batch, vlm.features(batch), keep=True)
+        _, cache = vlm.plain(batch, vlm.features(batch), keep=True)
     B, T = batch.input_ids.shape
     causal = torch.ones(T, T, dtype=torch.bool).tril().expand(B, T, T)
     text = vlm.model.config.get_text_config()
     ahead, window = torch.zeros(B, T, T, dtype=torch.bool), False
     for layer, attention in enumerate(eager_maps(family)):
-        mask = kept.masks[text.layer_types[layer]] if isinstance(kept.masks, dict) else kept.masks
+        mask = cache.masks[text.layer_types[layer]] if isinstance(cache.masks, dict) else cache.masks
         allowed = causal if mask is None else mask.expand(B, 1, T, T)[:, 0]
         for row, real in enumerate(batch.attention_mask.sum(1).tolist()):
             assert torch.equal(allowed[row, :real, :real], (attention[row, :, :real, :real] > 0).any(0))

@@ -22,7 +22,7 @@ from components.models.template import Template
 from tests.families import toy
 from tests.families.table import CHECKS
 
-OWN = TemplateSettings(style="processor", system="")
+TEMPLATE = TemplateSettings(style="processor", system="")
 
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
@@ -36,36 +36,36 @@ def test_two_sizes_of_one_family_share_the_vocabulary(family: str) -> None:
 def test_a_quantised_teacher_keeps_head_tower_and_projector_in_float(family: str) -> None:
     model = toy.loaded(family).model
     skipped = {*FAMILIES[family].unquantised}
-    kept = {id(p) for name, p in model.named_parameters() if skipped & set(name.split("."))}
+    unquantised = {id(p) for name, p in model.named_parameters() if skipped & set(name.split("."))}
     held = parts(model)
     head = model.get_output_embeddings().weight
-    assert kept >= {id(p) for part in ("vision_tower", "projector") for p in held[part]}
-    assert kept & {id(p) for p in held["language_model"]} <= {id(head)}
+    assert unquantised >= {id(p) for part in ("vision_tower", "projector") for p in held[part]}
+    assert unquantised & {id(p) for p in held["language_model"]} <= {id(head)}
 
 
 def test_families_that_agree_by_vocabulary_and_pixels_are_a_pair() -> None:
     idefics, smolvlm = toy.loaded("idefics3"), toy.loaded("smolvlm")
     assert check_pair(idefics, smolvlm) == smolvlm.vocabulary
-    check_same_template(idefics, smolvlm, OWN)
+    check_same_template(idefics, smolvlm, TEMPLATE)
 
 
 @pytest.mark.parametrize(
-    ("teacher", "student", "said"),
+    ("teacher", "student", "message"),
     [
         ("llava_next", "llava_onevision", "disagree, first at id|is .* and .*; both read"),
         ("llava_next", "qwen2_vl", "visual tokens per image"),
         ("llava", "paligemma", "tokenizers disagree"),
     ],
 )
-def test_families_that_do_not_agree_are_refused(teacher: str, student: str, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_families_that_do_not_agree_are_refused(teacher: str, student: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         check_pair(toy.loaded(teacher), toy.loaded(student))
 
 
 def test_different_chat_templates_are_refused_only_where_they_are_used() -> None:
     pair = toy.loaded("qwen2_vl"), toy.loaded("internvl")
     with pytest.raises(ModelError, match="write one conversation differently"):
-        check_same_template(*pair, OWN)
+        check_same_template(*pair, TEMPLATE)
     check_same_template(*pair, TemplateSettings(style="vicuna", system=""))
 
 
@@ -82,9 +82,9 @@ def test_another_type_is_refused_by_name() -> None:
 
 
 def edited(path: Path, **changes: Any) -> None:
-    before = json.loads(path.read_text())
-    parts = {key: before[key] | value for key, value in changes.items() if isinstance(before.get(key), dict)}
-    path.write_text(json.dumps(before | changes | parts))
+    config = json.loads(path.read_text())
+    parts = {key: config[key] | value for key, value in changes.items() if isinstance(config.get(key), dict)}
+    path.write_text(json.dumps(config | changes | parts))
 
 
 def stored_as(kind: torch.dtype) -> Callable[[Path], None]:
@@ -117,10 +117,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_folders_get_one_sentence(case: str, tmp_path: Path) -> None:
-    damage, said = BAD[case]
+    damage, message = BAD[case]
     folder = shutil.copytree(toy.folder("internvl"), tmp_path / "model")
     damage(folder)
-    with pytest.raises(ModelError, match=said) as refusal:
+    with pytest.raises(ModelError, match=message) as refusal:
         check_kind(folder)
         check_images(load(folder, "cpu"))
     assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
@@ -135,8 +135,8 @@ def test_weights_in_half_precision_are_read_as_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("style", ["vicuna", "processor"])
 def test_a_sample_is_spelt_out_for_the_log(style: Any) -> None:
-    said = toy.collator("qwen2_vl", style=style).decoded_text(toy.SAMPLES[0])
-    assert "around 8 visual tokens" in said and said.endswith("red one<|im_end|>'") and "what digit ?" in said
+    text = toy.collator("qwen2_vl", style=style).decoded_text(toy.SAMPLES[0])
+    assert "around 8 visual tokens" in text and text.endswith("red one<|im_end|>'") and "what digit ?" in text
 
 
 def test_a_mask_without_the_answers_end_is_refused() -> None:

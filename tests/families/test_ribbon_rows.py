@@ -28,8 +28,8 @@ def ribbon(family: str, batch: Batch) -> Ribbon:
 
 
 def continued(vlm: VLM, batch: Batch, rows: Ribbon) -> tuple[Tensor, Tensor]:
-    hidden, kept = vlm.plain(batch, vlm.features(batch), keep=True)
-    return hidden, vlm.continued(kept, rows.tokens, rows.positions, continuation_mask(rows, batch.attention_mask))
+    hidden, cache = vlm.plain(batch, vlm.features(batch), keep=True)
+    return hidden, vlm.continued(cache, rows.tokens, rows.positions, continuation_mask(rows, batch.attention_mask))
 
 
 def expanded(vlm: VLM, batch: Batch, rows: Ribbon) -> tuple[Tensor, Tensor]:
@@ -46,14 +46,17 @@ def alone(family: str, batch: Batch, row: int, tokens: Tensor, answered: Tensor)
     """(T, V) logits of the stock model for one unpadded sequence of the batch's sample `row`, with its images so far."""
     model = toy.loaded(family).model
     length = len(tokens)
-    one = toy.alone(family, row, 1 if batch.pictures[row, :length].max() < batch.pictures[row].max() else None)
+    single = toy.alone(family, row, 1 if batch.pictures[row, :length].max() < batch.pictures[row].max() else None)
     pictures = torch.zeros(1, length, dtype=torch.long)
     pictures[0, : batch.pictures.shape[1]] = batch.pictures[row, :length]
-    one = replace(
-        one, input_ids=tokens[None], attention_mask=torch.ones(1, length).long(), response=answered[None], pictures=pictures
+    single = replace(
+        single, input_ids=tokens[None], attention_mask=torch.ones(1, length).long(), response=answered[None], pictures=pictures
     )
     logits: Tensor = model(
-        input_ids=one.input_ids, attention_mask=one.attention_mask, pixel_values=one.pixel_values, **inputs(model, one)
+        input_ids=single.input_ids,
+        attention_mask=single.attention_mask,
+        pixel_values=single.pixel_values,
+        **inputs(model, single),
     ).logits[0]
     return logits
 
@@ -68,24 +71,26 @@ def check(family: str) -> str:
     vlm, batch = VLM(toy.loaded(family).model), toy.batch(family)
     rows = ribbon(family, batch)
     stream = torch.Generator().manual_seed(1)
-    wanted, weights = [], []
+    logits, weights = [], []
     for b, e in rows.valid.nonzero().tolist():
-        at = int(rows.positions[b, e])
-        tokens = torch.cat([batch.input_ids[b, :at], rows.tokens[b, e : e + 1]])
-        answered = torch.cat([batch.response[b, :at], torch.tensor([True])])
-        wanted.append(alone(family, batch, b, tokens, answered)[-1])
-        weights.append(torch.randn(wanted[-1].shape, generator=stream, dtype=torch.float64))
-    expected = torch.stack(wanted)
+        position = int(rows.positions[b, e])
+        tokens = torch.cat([batch.input_ids[b, :position], rows.tokens[b, e : e + 1]])
+        answered = torch.cat([batch.response[b, :position], torch.tensor([True])])
+        logits.append(alone(family, batch, b, tokens, answered)[-1])
+        weights.append(torch.randn(logits[-1].shape, generator=stream, dtype=torch.float64))
+    expected = torch.stack(logits)
     direction = torch.stack(weights)
     slopes = gradients(vlm.model, (expected * direction).sum())
     works = []
     for name, route in ROUTES.items():
         _, hidden = route(vlm, batch, rows)
-        found = vlm.head(hidden[rows.valid])
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-        mine = gradients(vlm.model, (found * direction).sum())
+        actual = vlm.head(hidden[rows.valid])
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+        actual_slopes = gradients(vlm.model, (actual * direction).sum())
         for key, slope in slopes.items():
-            torch.testing.assert_close(mine[key], slope, rtol=1e-4, atol=1e-4 * float(slope.abs().max()) + 1e-9, msg=key)
+            torch.testing.assert_close(
+                actual_slopes[key], slope, rtol=1e-4, atol=1e-4 * float(slope.abs().max()) + 1e-9, msg=key
+            )
         works.append(name)
     return ", ".join(works)
 
@@ -113,5 +118,5 @@ def test_an_alternative_may_be_the_image_token(family: str) -> None:
     rows = ribbon(family, batch)
     rows = replace(rows, tokens=torch.full_like(rows.tokens, int(batch.input_ids[batch.visual][0])))
     with torch.no_grad():
-        one, other = (route(vlm, batch, rows)[1][rows.valid] for route in ROUTES.values())
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        first, second = (route(vlm, batch, rows)[1][rows.valid] for route in ROUTES.values())
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)

@@ -32,21 +32,21 @@ def check(family: str) -> str:
     styles: list[Literal["vicuna", "processor"]] = ["vicuna"] if processor.chat_template is None else ["vicuna", "processor"]
     for style in styles:
         collator = toy.collator(family, style=style)
-        made = collator([SEVERAL])
+        collated = collator([SEVERAL])
         text = collator.template.render(SEVERAL.turns, [processor.image_token] * 3).text
-        whole: dict[str, Any] = {"add_special_tokens": collator.template.wants_special_tokens}
-        stock = processor(images=[decode_images(SEVERAL)], text=[text], return_tensors="pt", **whole)
+        options: dict[str, Any] = {"add_special_tokens": collator.template.wants_special_tokens}
+        stock = processor(images=[decode_images(SEVERAL)], text=[text], return_tensors="pt", **options)
         if family != "paligemma":  # whose own puts all images before the text
-            assert torch.equal(made.input_ids, stock["input_ids"])
-        assert torch.equal(made.pixel_values.flatten(), stock["pixel_values"].flatten())
+            assert torch.equal(collated.input_ids, stock["input_ids"])
+        assert torch.equal(collated.pixel_values.flatten(), stock["pixel_values"].flatten())
         for name in set(IMAGE_INPUTS) & set(stock):
-            assert made.image_inputs[name].tolist() == torch.as_tensor(stock[name]).tolist()
+            assert collated.image_inputs[name].tolist() == torch.as_tensor(stock[name]).tolist()
     batch = toy.alone(family, 3)
     other = toy.batch(family, [replace(SEVERAL, image_id="other", more=(SEVERAL.more[0], toy.png(40, 20, 9)))])
-    one, two = (entering(vlm, each, vlm.features(each)) for each in (batch, other))
-    changed, own = (one != two).any(-1), batch.pictures == 3
+    first, second = (entering(vlm, each, vlm.features(each)) for each in (batch, other))
+    changed, last_image = (first != second).any(-1), batch.pictures == 3
     # A row of LLaVA-NeXT's ends in a token that is the same in every image.
-    assert not changed[~own].any() and changed[own].float().mean() > 0.6 and own.sum() > 1
+    assert not changed[~last_image].any() and changed[last_image].float().mean() > 0.6 and last_image.sum() > 1
     return "yes"
 
 
@@ -55,15 +55,15 @@ def test_they_are_read_as_the_familys_own_processor_writes_them(family: str) -> 
     assert check(family) == documented(family, TITLE)
 
 
-def conversation(*shown: int) -> Sample:
+def conversation(*counts: int) -> Sample:
     """Turns with so many images each."""
-    turns = tuple(Turn(f"{IMAGE * count}what at a{turn} ?", f"red {turn}") for turn, count in enumerate(shown))
-    images = [toy.png(*size, seed) for seed, size in enumerate([(40, 20), (16, 16), (20, 40), (32, 32)][: sum(shown)])]
-    return Sample(f"{shown}", f"{shown}", "digit_at", images[0] if images else None, turns, tuple(images[1:]))
+    turns = tuple(Turn(f"{IMAGE * count}what at a{turn} ?", f"red {turn}") for turn, count in enumerate(counts))
+    images = [toy.png(*size, seed) for seed, size in enumerate([(40, 20), (16, 16), (20, 40), (32, 32)][: sum(counts)])]
+    return Sample(f"{counts}", f"{counts}", "digit_at", images[0] if images else None, turns, tuple(images[1:]))
 
 
-def kl(theirs: Tensor, mine: Tensor) -> Tensor:
-    p, q = theirs.log_softmax(-1), mine.log_softmax(-1)
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -72,44 +72,44 @@ def kl(theirs: Tensor, mine: Tensor) -> Tensor:
 def test_all_terms_on_rows_of_none_to_four_images_equal_separate_forward_passes(family: str, route: str) -> None:
     """One stock pass for each alternative, in its token's place: what follows changes nothing before it."""
     pupil, master = (load(toy.folder(family, seed, layers), "cpu", torch.float64) for seed, layers in ((2, 2), (1, 3)))
-    samples = [conversation(*shown) for shown in [(0,), (1,), (1, 1), (2, 1), (0, 2, 2)]]
+    samples = [conversation(*counts) for counts in [(0,), (1,), (1, 1), (2, 1), (0, 2, 2)]]
     batch = toy.batch(family, samples)
     teacher = FrozenTeacher(VLM(master.model), 1, shares_tower=False)
     method = Method(dict.fromkeys(CORE, 1.0), draws=2, route=route)
     method = replace(method, eos=pupil.processor.tokenizer.eos_token_id, shared_vocabulary=check_pair(master, pupil))
     gold = batch.input_ids[:, 1:][batch.response[:, 1:]]
     draws = torch.stack([gold, torch.randint(40, 280, gold.shape, generator=torch.Generator().manual_seed(3))], dim=1)
-    found = AlignTI(VLM(pupil.model), teacher, method)(batch, [*range(len(samples))], draws)
+    outputs = AlignTI(VLM(pupil.model), teacher, method)(batch, [*range(len(samples))], draws)
 
     terms: dict[str, list[Tensor]] = {name: [] for name in CORE}
     drawn = iter(draws.tolist())
     for sample in samples:
-        one = toy.batch(family, [sample])
+        single = toy.batch(family, [sample])
 
-        def logits(model: Any, at: int | None = None, token: int = 0, one: Batch = one) -> Tensor:
-            ids = one.input_ids.clone()
-            if at is not None:
-                ids[0, at] = token
-            whole: Tensor = model(**{**prompt(model, one), "input_ids": ids}).logits[0]
-            return whole[:, : method.shared_vocabulary]
+        def logits(model: Any, position: int | None = None, token: int = 0, single: Batch = single) -> Tensor:
+            ids = single.input_ids.clone()
+            if position is not None:
+                ids[0, position] = token
+            scores: Tensor = model(**{**prompt(model, single), "input_ids": ids}).logits[0]
+            return scores[:, : method.shared_vocabulary]
 
         with torch.no_grad():
-            mine, theirs = logits(pupil.model), logits(master.model)
-            for t in one.response[0].nonzero().flatten().tolist():
-                terms["sft"].append(-mine[t - 1].log_softmax(-1)[one.input_ids[0, t]])
-                terms["kd"].append(kl(theirs[t - 1], mine[t - 1]))
+            student_logits, teacher_logits = logits(pupil.model), logits(master.model)
+            for t in single.response[0].nonzero().flatten().tolist():
+                terms["sft"].append(-student_logits[t - 1].log_softmax(-1)[single.input_ids[0, t]])
+                terms["kd"].append(kl(teacher_logits[t - 1], student_logits[t - 1]))
                 for token in next(drawn):
                     if token != method.eos:
                         terms["tpa"].append(kl(*(logits(model, t, token)[t] for model in (master.model, pupil.model))))
-            look = AttentionProbe.from_masks(one.attention_mask.bool(), one.pictures, each_row=True)
+            look = AttentionProbe.from_masks(single.attention_mask.bool(), single.pictures, each_row=True)
             with probing(master.model, [1], look):
-                teacher.vlm.plain(one, teacher.vlm.features(one), keep=False)
-        columns = one.pictures[0][one.pictures[0] > 0]
+                teacher.vlm.plain(single, teacher.vlm.features(single), keep=False)
+        columns = single.pictures[0][single.pictures[0] > 0]
         for number in range(1, len(sample.images) + 1):
-            own = (one.pictures[0] == number).nonzero().flatten()
-            after = one.instruction[0] & (torch.arange(len(one.instruction[0])) > own.max())
-            seen = look.maps[1][0][after][:, columns == number].mean(0)
-            terms["iva"].append((seen / seen.sum() * kl(theirs[own], mine[own])).sum())
-    assert found.counts.tolist() == [float(len(terms[name])) for name in CORE] and len(terms["iva"]) == 0 + 1 + 2 + 3 + 4
-    wanted = torch.stack([torch.stack(terms[name]).sum() for name in CORE])
-    torch.testing.assert_close(found.sums, wanted, rtol=1e-6, atol=1e-8)
+            visual = (single.pictures[0] == number).nonzero().flatten()
+            after = single.instruction[0] & (torch.arange(len(single.instruction[0])) > visual.max())
+            attention = look.maps[1][0][after][:, columns == number].mean(0)
+            terms["iva"].append((attention / attention.sum() * kl(teacher_logits[visual], student_logits[visual])).sum())
+    assert outputs.counts.tolist() == [float(len(terms[name])) for name in CORE] and len(terms["iva"]) == 0 + 1 + 2 + 3 + 4
+    expected = torch.stack([torch.stack(terms[name]).sum() for name in CORE])
+    torch.testing.assert_close(outputs.sums, expected, rtol=1e-6, atol=1e-8)

@@ -28,15 +28,15 @@ def check(family: str) -> str:
     batch = collator.text(toy.SAMPLES)
     eos = collator.template.eos
     for row, sample in enumerate(toy.SAMPLES):
-        said = tokenizer.decode(batch.input_ids[row][batch.response[row]])
-        assert [text.strip() for text in said.split(eos)] == [turn.answer for turn in sample.turns] + [""]
+        response = tokenizer.decode(batch.input_ids[row][batch.response[row]])
+        assert [text.strip() for text in response.split(eos)] == [turn.answer for turn in sample.turns] + [""]
         real = batch.input_ids[row][batch.attention_mask[row].bool()]
         start = int(batch.response[row].int().argmax())
         prompt = prompts.text([sample]).input_ids[0]
         assert prompt.tolist() == real[:start].tolist(), "a prompt ends where the answer begins"
         rendered = collator.template.render(sample.turns, ["<image>"] * len(sample.images))
-        asked = ["".join(rendered.text[a:b] for a, b in rendered.question_spans)]
-        assert asked == ["".join(text for turn in sample.turns for text in pieces(turn.question) if text)]
+        questions = ["".join(rendered.text[a:b] for a, b in rendered.question_spans)]
+        assert questions == ["".join(text for turn in sample.turns for text in pieces(turn.question) if text)]
         if tokenizer.bos_token is not None:
             assert real.tolist().count(tokenizer.bos_token_id) == 1
     # Token for token what the stock processor makes of the same turns.
@@ -84,8 +84,8 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_templates_that_cannot_serve_are_refused(case: str) -> None:
-    jinja, said = BAD[case]
-    with pytest.raises(ModelError, match=said):
+    jinja, message = BAD[case]
+    with pytest.raises(ModelError, match=message):
         template(jinja)
 
 
@@ -112,36 +112,36 @@ THINKING = (  # as Qwen3's: empty thoughts before the last answer alone
 @pytest.mark.parametrize("images", [[], ["<image>"]])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_an_answer_stands_right_after_the_words_of_a_prompt(jinja: str, images: list[str], count: int) -> None:
-    made = template(jinja)
+    chat_template = template(jinja)
     turns = [Turn("<image>" * len(images) + "what ?", " one"), Turn("is it ?", "no\n"), Turn("where ?", "a1")][:count]
-    whole, prompt = made.render(turns, images), made.render(turns, images, answer=False)
-    assert [whole.text[a:b] for a, b in whole.response_spans] == [f"{turn.answer.strip()}<|im_end|>" for turn in turns]
-    assert whole.text.startswith(prompt.text) and whole.text.count("<|im_start|>assistant\n") == count
-    assert "<think>" not in whole.text
+    rendered, prompt = chat_template.render(turns, images), chat_template.render(turns, images, answer=False)
+    assert [rendered.text[a:b] for a, b in rendered.response_spans] == [f"{turn.answer.strip()}<|im_end|>" for turn in turns]
+    assert rendered.text.startswith(prompt.text) and rendered.text.count("<|im_start|>assistant\n") == count
+    assert "<think>" not in rendered.text
 
 
 def test_what_data_say_does_not_change_what_a_template_writes() -> None:
     turns = (Turn("what </think> ?", "<think>one</think>"), Turn("\ue0000\ue001", "{{ no }}"))
-    whole = template(THINKING).render(turns, None)
-    assert [part.text for part in whole.parts if not part.template] == [
+    rendered = template(THINKING).render(turns, None)
+    assert [part.text for part in rendered.parts if not part.template] == [
         t for turn in turns for t in (turn.question, turn.answer)
     ]
 
 
 def test_a_conversation_is_rendered_in_time_that_grows_with_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = template(THINKING)
-    asked: list[int] = []
-    real = made._surrounding_texts
+    chat_template = template(THINKING)
+    shapes: list[int] = []
+    real = chat_template._surrounding_texts
 
     def counted(shape: tuple[str, ...], answers: int) -> list[str]:
-        asked.append(len(shape))
+        shapes.append(len(shape))
         return real(shape, answers)
 
-    monkeypatch.setattr(made, "_surrounding_texts", counted)
+    monkeypatch.setattr(chat_template, "_surrounding_texts", counted)
     turns = [Turn(f"what {n} ?", "one") for n in range(100)]
     for _ in range(3):
-        made.render(turns, [])
-    assert len(asked) == 3, "the template is asked three times for so many turns, and never again"
+        chat_template.render(turns, [])
+    assert len(shapes) == 3, "the template is asked three times for so many turns, and never again"
 
 
 def test_a_tokenizers_template_serves_where_the_processor_has_none() -> None:
@@ -151,5 +151,5 @@ def test_a_tokenizers_template_serves_where_the_processor_has_none() -> None:
 
 
 def test_tokenizers_are_the_folders_own() -> None:
-    own = AutoTokenizer.from_pretrained(toy.folder("qwen2_vl"))
-    assert own.encode("what digit") == toy.loaded("qwen2_vl").processor.tokenizer.encode("what digit")
+    tokenizer = AutoTokenizer.from_pretrained(toy.folder("qwen2_vl"))
+    assert tokenizer.encode("what digit") == toy.loaded("qwen2_vl").processor.tokenizer.encode("what digit")

@@ -15,13 +15,13 @@ pytest.importorskip("torchvision", reason="`make test-vision` makes an environme
 def test_torchvision_changes_pixels_a_little_and_no_token(family: str) -> None:
     _, with_pillow = toy.FAMILIES[family]()
     with_torchvision = load_processor(toy.folder(family))
-    kinds = [type(one.image_processor).__name__ for one in (with_pillow, with_torchvision)]
+    kinds = [type(processor.image_processor).__name__ for processor in (with_pillow, with_torchvision)]
     assert kinds[0] == f"{kinds[1]}Pil"
     for size in ((40, 20), (16, 16), (200, 130), (13, 61), (640, 480)):
-        ours, theirs = (processed(one, toy.image(*size)) for one in (with_pillow, with_torchvision))
-        assert ours.texts == theirs.texts
-        assert {name: tensor.shape for name, tensor in ours.tensors.items()} == {
-            name: tensor.shape for name, tensor in theirs.tensors.items()
+        pillow, torchvision = (processed(processor, toy.image(*size)) for processor in (with_pillow, with_torchvision))
+        assert pillow.texts == torchvision.texts
+        assert {name: tensor.shape for name, tensor in pillow.tensors.items()} == {
+            name: tensor.shape for name, tensor in torchvision.tensors.items()
         }
-        off = (ours.tensors["pixel_values"].float() - theirs.tensors["pixel_values"].float()).abs()
+        off = (pillow.tensors["pixel_values"].float() - torchvision.tensors["pixel_values"].float()).abs()
         assert off.mean() < 0.01 and off.max() < 0.2, "pixels are normalised to about -2..2"

@@ -26,10 +26,10 @@ def entering(vlm: VLM, batch: Any, features: Any) -> torch.Tensor:
 def features_of(vlm: VLM, batch: Any) -> torch.Tensor:
     """(N, d) stock features of a batch's images, one after the other."""
     with torch.no_grad():
-        made = vlm.model.model.get_image_features(
+        features = vlm.model.model.get_image_features(
             pixel_values=batch.pixel_values, return_dict=True, **batch.image_inputs
         ).pooler_output
-    return torch.cat([part.flatten(0, -2) for part in made])
+    return torch.cat([part.flatten(0, -2) for part in features])
 
 
 def check(family: str) -> str:
@@ -40,10 +40,10 @@ def check(family: str) -> str:
     torch.testing.assert_close(embedded[~batch.visual], words[~batch.visual])
     counts = []
     for row in (0, 2):
-        own = features_of(vlm, toy.alone(family, row))
-        torch.testing.assert_close(embedded[row][batch.visual[row]], own, rtol=1e-6, atol=1e-6)
-        assert (own - own[0]).abs().amax(1)[1:].all(), "features of different places differ"
-        counts.append(len(own))
+        features = features_of(vlm, toy.alone(family, row))
+        torch.testing.assert_close(embedded[row][batch.visual[row]], features, rtol=1e-6, atol=1e-6)
+        assert (features - features[0]).abs().amax(1)[1:].all(), "features of different places differ"
+        counts.append(len(features))
     assert not batch.visual[1].any(), "a sample without an image has none"
     fixed = visual_tokens(toy.loaded(family).processor)
     assert (fixed is None) == (len(set(counts)) > 1)

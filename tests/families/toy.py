@@ -43,7 +43,7 @@ def tokenizer(pad: str, eos: str, bos: str | None = None, special: tuple[str, ..
     backend.train_from_iterator(
         [WORDS] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     )
-    made = tf.PreTrainedTokenizerFast(
+    wrapped = tf.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=pad,
         eos_token=eos,
@@ -51,8 +51,8 @@ def tokenizer(pad: str, eos: str, bos: str | None = None, special: tuple[str, ..
         extra_special_tokens=dict(named),
         padding_side="right",
     )
-    made.add_tokens(list(special), special_tokens=True)
-    return made
+    wrapped.add_tokens(list(special), special_tokens=True)
+    return wrapped
 
 
 def text_shape(tok: Any, **more: Any) -> dict[str, Any]:
@@ -375,9 +375,9 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
 
 
 def sample(name: str, answer: str, size: tuple[int, int] | None, turns: int = 1) -> Sample:
-    asked = [Turn(f"{IMAGE}\nwhat digit ?" if size and i == 0 else "is a1 red ?", answer) for i in range(turns)]
+    questions = [Turn(f"{IMAGE}\nwhat digit ?" if size and i == 0 else "is a1 red ?", answer) for i in range(turns)]
     return Sample(
-        name, f"image-{name}" if size else "", "digit_at", png(*size, sum(name.encode())) if size else None, tuple(asked)
+        name, f"image-{name}" if size else "", "digit_at", png(*size, sum(name.encode())) if size else None, tuple(questions)
     )
 
 
@@ -400,9 +400,9 @@ def collator(family: str, train: bool = True, style: Literal["vicuna", "processo
 
 def batch(family: str, samples: Sequence[Sample] = SAMPLES) -> Batch:
     """Collated, its pixels in float64: images of two shapes, a sample without one, one of two turns."""
-    made = collator(family)(samples)
-    pixels = made.pixel_values
-    return replace(made, pixel_values=None if pixels is None else pixels.double())
+    collated = collator(family)(samples)
+    pixels = collated.pixel_values
+    return replace(collated, pixel_values=None if pixels is None else pixels.double())
 
 
 @cache

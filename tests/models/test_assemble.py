@@ -111,7 +111,7 @@ def test_parts_keep_the_precision_that_they_are_stored_in(tower: Path, tmp_path:
 
 
 def test_a_teacher_of_parts_teaches_a_student_of_parts(tower: Path, tmp_path: Path) -> None:
-    vision = siglip_folder(tmp_path / "vision", whole=False)
+    vision = siglip_folder(tmp_path / "vision", with_text=False)
     folders = [
         assemble(vision, qwen_folder(tmp_path / f"q{hidden}", "qwen3", hidden=hidden, spare=spare), PARTS, "", tmp_path / name)
         for name, hidden, spare in (("teacher", 48, 24), ("student", 32, 8))

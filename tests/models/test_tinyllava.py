@@ -28,7 +28,7 @@ def tinyllava_folder(folder: Path, tied: bool = False, dtype: torch.dtype = torc
     """As TinyLLaVA Factory saves one, and its parts."""
     language_folder = qwen_folder(folder / "qwen", tied=tied, hidden=HIDDEN)
     language = tf.AutoModelForCausalLM.from_pretrained(language_folder)
-    tower = tf.SiglipVisionModel.from_pretrained(siglip_folder(folder / "siglip", whole=False))
+    tower = tf.SiglipVisionModel.from_pretrained(siglip_folder(folder / "siglip", with_text=False))
     width = tower.config.hidden_size
     projector = torch.nn.Sequential(torch.nn.Linear(width, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN))
     target = folder / "tinyllava"
