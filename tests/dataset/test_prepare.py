@@ -1,4 +1,4 @@
-"""The stage as a whole: a complete data set or the one before, and what it says at the end."""
+"""The stage as a whole: a complete data set or the previous one, and the closing line."""
 
 import io
 import shutil

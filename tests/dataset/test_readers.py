@@ -1,4 +1,4 @@
-"""The same rows and pictures from wherever they lie; what is cut off or damaged is said in one sentence."""
+"""The same rows and pictures from wherever they lie; what is cut off or damaged is reported in one sentence."""
 
 from __future__ import annotations
 

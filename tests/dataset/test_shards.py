@@ -1,4 +1,4 @@
-"""The stored data set: what goes in comes out, and only what is asked for is touched."""
+"""The stored data set: what goes in comes out, and only what is read is touched."""
 
 import hashlib
 import pickle
@@ -116,7 +116,7 @@ def test_whether_a_layer_can_be_searched_is_known_from_the_questions_of_equal_im
     assert can_search(stored(tmp_path, rows)) == possible
 
 
-# --- only what is asked for -------------------------------------------------------------------------------------------
+# --- only what is read ------------------------------------------------------------------------------------------------
 
 
 def test_reading_one_sample_leaves_the_rest_on_disk(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`alignti check --data` says of every row what the stages would, and leaves nothing behind."""
+"""`alignti check --data` counts what the stages would refuse, cut or leave out, and leaves nothing behind."""
 
 from __future__ import annotations
 
