@@ -243,7 +243,7 @@ def test_a_further_image_that_looks_like_an_evaluated_one_is_found_with_its_row(
         rows.append({"id": f"pair-{n}", "images": [f"in/{n}.png", f"in/{n + half}.png"], "conversations": turns})
         rows.append({"id": f"small-{n}", "image": f"small-{n}.png", "conversations": conversations(n)})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    manifest = prepare(ask_for({"mine": asked_for}, near_duplicates="drop"), target=tmp_path / "dataset", workers=1)
+    manifest = prepare(settings_for({"mine": asked_for}, near_duplicates="drop"), target=tmp_path / "dataset", workers=1)
     split_of = {sample.id: split for split in SPLITS for sample in Samples(tmp_path / "dataset", split)}
     dropped = {one.id for one in quarantine(tmp_path / "dataset")}
     assert any(id_.startswith("pair") for id_ in dropped) and manifest.rows_in == len(split_of) + len(dropped)
