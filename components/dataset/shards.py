@@ -137,6 +137,7 @@ class Samples(Sequence[Sample]):
         self._stored = np.flatnonzero(usable)  # sample index -> index among all stored samples
         self.row_of = rows[usable]  # sample index -> image row
         self._first = np.searchsorted(self.row_of, np.arange(len(counts) + 1))
+        self._first_stored = np.cumsum(counts) - counts
 
     def __len__(self) -> int:
         return len(self.row_of)
@@ -159,8 +160,7 @@ class Samples(Sequence[Sample]):
         index = range(len(self))[index]
         row = int(self.row_of[index])
         stored = int(self._stored[index])
-        turns_kept = None if self._verdicts is None else int(self._verdicts["turns"][stored])
-        return _sample(self._samples[stored].as_py(), *_images(self._table, row), turns_kept)
+        return _sample(self._samples[stored].as_py(), *_images(self._table, row), self._turns_kept(stored))
 
     def tokens(self, index: int) -> int:
         """Tokens of a sample as the model with the longest reading has it; only with `tried`."""
@@ -178,9 +178,13 @@ class Samples(Sequence[Sample]):
         return image_sizes(image.as_buffer() for image in _stored_images(self._table, row))
 
     def about(self, row: int) -> list[Sample]:
-        """All stored samples about image `row`, in one read: four times as fast as one by one."""
-        images = _images(self._table, row)
-        return [_sample(stored, *images) for stored in self._table.column("samples")[row].as_py()]
+        """The samples about image `row`, in one read: four times as fast as one by one."""
+        images, stored = _images(self._table, row), self._table.column("samples")[row].as_py()
+        chosen = self._stored[self._first[row] : self._first[row + 1]]
+        return [_sample(stored[i - self._first_stored[row]], *images, self._turns_kept(i)) for i in chosen]
+
+    def _turns_kept(self, stored: int) -> int | None:
+        return None if self._verdicts is None else int(self._verdicts["turns"][stored])
 
     @property
     def kinds(self) -> list[str]:

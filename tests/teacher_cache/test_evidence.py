@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,6 +222,21 @@ def test_kept_image_dependence_gives_the_loss_and_gradient_of_one_more_pass(mcd:
         results.append([torch.stack(losses).detach(), *(p.grad for p in job.module.parameters() if p.grad is not None)])
     assert float(results[0][0].abs().sum()) > 0
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_that_check_rows_left_out_or_cut_are_those_of_training(mcd: Path) -> None:
+    verdicts = np.load(ROWS / "train.npy")
+    verdicts["turns"] = verdicts["turns"].clip(max=1)  # two have a second turn
+    verdicts["turns"][[1, 10]] = 0
+    np.save(ROWS / "train.npy", verdicts)
+    signals = load_settings().distill.teacher_signals.model_dump()
+    write_params(mcd, "distill", {"teacher_signals": signals | {"source": "cache"}})
+    terms = {"sft": 1.0, "kd": 1.0, "mcd": 1.0, "va_kd": 1.0}
+    write_params(mcd, "study", {"arms": {"mcd": ARM | {"weights": terms, "va_kd": {"cached": True}}}})
+    found = stage.build_signals(load_settings())
+    assert found.cache is not None and found.evidence is not None
+    assert found.cache.samples == found.evidence.right["blurred"] == 14
+    trained(Run(None))
 
 
 def test_an_interrupted_search_goes_on_to_the_same_bytes(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
