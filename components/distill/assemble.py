@@ -24,7 +24,7 @@ from components.distill.sampler import Sampler
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable
 from components.errors import ModelError
-from components.io import fingerprint
+from components.io import fingerprint, sha256
 from components.irs.weighting import Weighting, weighting
 from components.models.collate import Collator
 from components.models.load import Loaded, check_images, check_layer, check_pair, check_same_template, grids, load
@@ -194,6 +194,8 @@ def _facts(
         ),
         "template": settings.models.template.model_dump(mode="json"),
         "dataset": samples.manifest.digest,
+        "rows": sha256([ROWS / "train.npy"]),  # what `check_rows` left out or cut
+        "max_length": settings.models.max_length,
         "teacher": {"name": choice.name, "sha256": choice.sha256} if choice else None,
         "irs_layer": layers.layer if layers else None,
         "student": {"name": start.name, "sha256": start.sha256},

@@ -11,6 +11,8 @@ class AnswerFacts(Record):
     """Identity of the teacher's answers: a run uses them only if all fields are equal."""
 
     teacher: str  # sha256 of its folder
+    students: dict[str, str]  # student -> sha256 of its folder; the answers fit the `max_length` and vocabulary of all
+    max_length: int
     dataset: str  # digest
     rows: str  # sha256 of the train split's rows after `check_rows`
     template: str  # sha256

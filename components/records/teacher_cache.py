@@ -16,6 +16,7 @@ class SignalFacts(Record):
     teacher: str  # sha256 of its folder
     students: dict[str, str]  # student -> sha256 of its folder, checked for the teacher's vocabulary and images
     dataset: str  # digest
+    split: str  # sha256 of the train split's rows after `check_rows`
     template: str  # sha256
     precision: Literal["fp32", "bf16"]  # dtype of the teacher's weights
     layer: int  # layer of the attention map behind the visual weights
@@ -25,7 +26,7 @@ class SignalFacts(Record):
     kind: Literal["top_k", "sampled"]
     top_k: int
     draws: int
-    evidence: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)  # as asked, and of which rows
+    evidence: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)  # as asked
 
 
 class Approximation(Record):

@@ -12,7 +12,8 @@ from components.errors import DataError
 from components.io import sha256
 from components.models.template import Template
 from components.records.dataset import Manifest
-from components.records.paths import DATASET, ROWS, TEACHER
+from components.records.models import ModelIndex
+from components.records.paths import DATASET, MODELS, ROWS, TEACHER
 from components.records.teacher import TeacherChoice
 from components.records.teacher_answers import Answered, AnswerFacts, AnswerManifest, AnswerSet
 
@@ -21,10 +22,12 @@ AGAIN = "`dvc repro write_answers` makes them anew"
 
 def facts(settings: Settings) -> AnswerFacts:
     """Identity of the answers: the settings and outputs of earlier stages that determine them."""
-    options = settings.distill.teacher_answers
+    options, students = settings.distill.teacher_answers, ModelIndex.read(MODELS / "index.json").students
     assert options is not None
     return AnswerFacts(
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
+        students={name: student.sha256 for name, student in sorted(students.items())},
+        max_length=settings.models.max_length,
         dataset=Manifest.read(DATASET / "manifest.json").digest,
         rows=sha256([ROWS / "train.npy"]),
         template=hashlib.sha256(Template.from_settings(settings.models.template).identity.encode()).hexdigest(),

@@ -57,6 +57,7 @@ def facts(settings: Settings) -> SignalFacts:
         teacher=TeacherChoice.read(TEACHER / "choice.json").sha256,
         students={name: student.sha256 for name, student in sorted(students.items())},
         dataset=Manifest.read(DATASET / "manifest.json").digest,
+        split=sha256([ROWS / "train.npy"]),
         template=hashlib.sha256(Template.from_settings(settings.models.template).identity.encode()).hexdigest(),
         precision=distill.precision,
         layer=weights.layer,
@@ -66,7 +67,7 @@ def facts(settings: Settings) -> SignalFacts:
         kind=distill.teacher_signals.kind,
         top_k=distill.teacher_signals.top_k,
         draws=distill.teacher_signals.draws,
-        evidence=None if evidence is None else {**evidence.model_dump(), "rows": sha256([ROWS / "train.npy"])},
+        evidence=None if evidence is None else evidence.model_dump(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -29,7 +31,7 @@ from components.distill.assemble import _accelerator as accelerator_of
 from components.distill.launch import CONFIGS, check_world, launch, needs_launch
 from components.errors import InputError, Interrupted
 from components.records.dataset import Manifest
-from components.records.paths import DATASET, STUDENTS
+from components.records.paths import DATASET, ROWS, RUNS, STUDENTS
 from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, WORDS, _row, write_params
 from tests.distill.test_stage import _journal, _wait_for, command, environment
@@ -112,6 +114,17 @@ class StopsAt(Run):
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         if step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_checkpoint_of_rows_that_were_cut_otherwise_is_not_resumed(workplace: Path) -> None:
+    with pytest.raises(Interrupted):
+        alone(StopsAt(3))
+    verdicts = np.load(ROWS / "train.npy")
+    verdicts["turns"][:12] = 0
+    np.save(ROWS / "train.npy", verdicts)
+    found, _ = alone()
+    shutil.rmtree(RUNS)
+    assert found == alone()[0]
 
 
 def test_one_process_then_two_then_one_train_as_one_and_sigterm_stops_two(uneven: Path) -> None:

@@ -193,6 +193,21 @@ def test_interrupted_goes_on_and_so_does_the_training_on_them(seqkd: Path, monke
     assert trained(Run(None)) == bytes_of
 
 
+def test_what_an_interrupted_stage_wrote_for_another_length_is_not_gone_on_with(
+    seqkd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "PART", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerManifest, "write", None)  # after the last part
+        with pytest.raises(TypeError):
+            stage.generate(load_settings())
+    write_params(seqkd, "models", {"max_length": 40})
+    stage.generate(load_settings())
+    made = assemble("seqkd", load_settings().arm("seqkd"), load_settings())
+    longest = [made.answers.conversation(i, 0) for i in made.order.samples]  # type: ignore[union-attr]
+    assert made.collator([made.samples[i] for i in made.order.samples], longest).input_ids.shape[1] <= 40
+
+
 @pytest.mark.parametrize(
     ("arm", "distills", "message"),
     [
