@@ -78,8 +78,10 @@ def main() -> None:
                 **scorer_means,
             }
         )
-        for kind, figures in scores.yes_no.items():
-            run.metrics({f"{name}/{kind}": value for name, value in figures.model_dump(exclude={"samples"}).items()})
+        if scores.yes_no_overall is not None:
+            figures = {f"/{kind}": of_kind for kind, of_kind in scores.yes_no.items()} | {"": scores.yes_no_overall}
+            for suffix, each in figures.items():
+                run.metrics({f"{name}{suffix}": value for name, value in each.model_dump(exclude={"samples"}).items()})
         run.artifact(path)
         for name in ("predictions.jsonl", "likelihoods.jsonl"):
             run.artifact(SCORES / arm / name)

@@ -179,7 +179,7 @@ def majority(samples: Sequence[Sample], rows: Sequence[int]) -> list[str]:
 def score_table(controls: Controls) -> tuple[list[str], list[list[str]]]:
     """Table (header, rows) of exact match with and without images, over all and per kind."""
     models = controls.models.values()
-    lines = [["all", *(_percentages(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
+    lines = [["all questions", *(_percentages(m.seeing, m.blank, m.other) for m in models), percent(controls.majority)]]
     for kind, majority_share in controls.majority_per_kind.items():
         model_cells = (_percentages(m.seeing_per_kind[kind], m.blank_per_kind[kind], m.other_per_kind[kind]) for m in models)
         lines.append([kind.replace("_", " "), *model_cells, percent(majority_share)])

@@ -27,7 +27,6 @@ from components.evaluate.fingerprint import differences
 from components.evaluate.headline import format_score, headline, join_names, leaders, ranking
 from components.evaluate.load_results import Outcomes, read
 from components.evaluate.measures import DEFAULT_MEASURES, EXACT_MATCH, MEASURES
-from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import (
     Interval,
     ScoreArrays,
@@ -106,7 +105,7 @@ def compare(
     results = {name: _result(name, exact, measures, systems) for name in systems.runs}
     teacher = results.pop(TEACHER_ARM)
     order = sorted(arms, key=lambda arm: -results[arm].exact_match)  # stable: equal scores stay in the study's order
-    contrast = _contrast(exact, order, systems, yes_no_kinds=outcomes.yes_no[TEACHER_ARM].keys() - {OVERALL})
+    contrast = _contrast(exact, order, systems, yes_no_kinds=outcomes.yes_no[TEACHER_ARM].keys())
     varied_settings = varied({arm: study[arm].model_dump(mode="json", exclude={"seed"}, exclude_none=True) for arm in arms})
     arm_results = {
         arm: ArmResult(
@@ -179,6 +178,8 @@ def _draw_measure(measure: str, systems: Systems) -> MeasureDraws:
 def _result(name: str, exact: MeasureDraws, measures: Mapping[str, MeasureDraws], systems: Systems) -> TeacherResult:
     index, observed, resampled = exact.names.index(name), exact.observed, exact.resampled
     confidence, kinds = systems.settings.confidence, systems.kinds
+    outcomes, runs = systems.outcomes, systems.runs[name]
+    overall = [figures for run in runs if (figures := outcomes.yes_no_overall[run])]
     return TeacherResult(
         exact_match=exact.value(name),
         ci95=interval(exact.draws(name), confidence),
@@ -186,7 +187,8 @@ def _result(name: str, exact: MeasureDraws, measures: Mapping[str, MeasureDraws]
         average_ci95=interval(resampled.average[:, index], confidence),
         per_kind={kind: float(observed.per_kind[index, k]) for k, kind in enumerate(kinds)},
         per_kind_ci95={kind: interval(resampled.per_kind[:, index, k], confidence) for k, kind in enumerate(kinds)},
-        yes_no=_mean_yes_no([systems.outcomes.yes_no[run] for run in systems.runs[name]]),
+        yes_no={kind: _mean_yes_no([outcomes.yes_no[run][kind] for run in runs]) for kind in outcomes.yes_no[runs[0]]},
+        yes_no_overall=_mean_yes_no(overall) if overall else None,
         measures={
             key: Estimate(
                 value=measure.value(name),
@@ -199,13 +201,10 @@ def _result(name: str, exact: MeasureDraws, measures: Mapping[str, MeasureDraws]
     )
 
 
-def _mean_yes_no(runs: list[dict[str, YesNo]]) -> dict[str, YesNo]:
-    """Yes/no figures per kind, averaged over runs on the same questions."""
+def _mean_yes_no(runs: list[YesNo]) -> YesNo:
+    """Yes/no figures averaged over runs on the same questions."""
     names = [name for name in YesNo.model_fields if name != "samples"]
-    return {
-        kind: figures.model_copy(update={name: fmean(getattr(run[kind], name) for run in runs) for name in names})
-        for kind, figures in runs[0].items()
-    }
+    return runs[0].model_copy(update={name: fmean(getattr(run, name) for run in runs) for name in names})
 
 
 def _cost(runs: list[Cost]) -> dict[str, Any]:

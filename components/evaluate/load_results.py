@@ -23,7 +23,8 @@ class Outcomes:
 
     predictions: dict[str, list[Prediction]]  # all arms: the same questions in the same order
     likelihoods: dict[str, list[Likelihood]]  # same order
-    yes_no: dict[str, dict[str, YesNo]]
+    yes_no: dict[str, dict[str, YesNo]]  # by kind
+    yes_no_overall: dict[str, YesNo | None]
     fingerprints: dict[str, Fingerprint | None]
     costs: dict[str, Cost]
     losses: Losses
@@ -41,6 +42,7 @@ def read(arms: Iterable[str]) -> Outcomes:
         predictions=aligned,
         likelihoods={arm: _likelihoods(arm, results) for arm, results in aligned.items()},
         yes_no={arm: results.yes_no for arm, results in scores.items()},
+        yes_no_overall={arm: results.yes_no_overall for arm, results in scores.items()},
         fingerprints={arm: results.fingerprint for arm, results in scores.items()},
         costs={arm: Cost.read(STUDENTS / arm / "cost.json") for arm in arms},
         losses={arm: parsed_lines(STUDENTS / arm / "losses.jsonl") for arm in arms},

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from unicodedata import category, normalize
 
 from components.dataset.shards import Sample
@@ -23,7 +24,6 @@ from components.errors import DataError
 from components.records.evaluate import Prediction, Scores, YesNo
 
 FINAL = ".,;:!? \u3002\uff0c\uff1b\uff1a\uff01\uff1f"  # final punctuation; after the space the fullwidth forms
-OVERALL = "all"  # key of the figures over all yes/no kinds together
 
 
 def fold_case(text: str) -> str:
@@ -79,15 +79,14 @@ def score(arm: str, predictions: Sequence[Prediction]) -> Scores:
     for prediction in predictions:
         kinds[prediction.kind].append(prediction)
     yes_no_kinds = {kind: group for kind, group in sorted(kinds.items()) if _is_yes_no(group)}
-    figures = {kind: yes_no((p.answer, p.reference) for p in group) for kind, group in yes_no_kinds.items()}
-    if yes_no_kinds:
-        figures[OVERALL] = yes_no((p.answer, p.reference) for group in yes_no_kinds.values() for p in group)
+    pairs = {kind: [(p.answer, p.reference) for p in group] for kind, group in yes_no_kinds.items()}
     return Scores(
         arm=arm,
         samples=len(predictions),
         exact_match=_share(p.correct for p in predictions),
         per_kind={kind: _share(p.correct for p in group) for kind, group in sorted(kinds.items())},
-        yes_no=figures,
+        yes_no={kind: yes_no(pairs[kind]) for kind in pairs},
+        yes_no_overall=yes_no(chain.from_iterable(pairs.values())) if pairs else None,
         token_f1=_mean_f1(predictions),
         token_f1_per_kind={kind: _mean_f1(group) for kind, group in sorted(kinds.items())},
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 from components.evaluate import plots
 from components.evaluate.measures import EXACT_MATCH, MEASURES, Measure
-from components.evaluate.metrics import OVERALL
 from components.evaluate.statistics import Interval
 from components.records.compare import ArmResult, Comparison, Difference, TeacherResult
 from components.report import markdown as md
@@ -83,9 +82,9 @@ def small_tables(comparison: Comparison) -> dict[str, Table]:
     """Tables by name: yes/no figures, resolution of the sample, published runs, seeds of each arm."""
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     yes_no_rows = [
-        [name, *(md.percent(getattr(result.yes_no[OVERALL], figure)) for figure in names)]
+        [name, *(md.percent(getattr(result.yes_no_overall, figure)) for figure in names)]
         for name, result in comparison.results.items()
-        if result.yes_no
+        if result.yes_no_overall
     ]
     if len({tuple(row[1:]) for row in yes_no_rows}) == 1:
         yes_no_rows = [["teacher and all arms", *yes_no_rows[0][1:]]]

@@ -68,7 +68,8 @@ class TeacherResult(Record):
     average_ci95: tuple[float, float]
     per_kind: dict[str, float]
     per_kind_ci95: dict[str, tuple[float, float]]
-    yes_no: dict[str, YesNo]
+    yes_no: dict[str, YesNo]  # by kind
+    yes_no_overall: YesNo | None = None  # over all yes/no kinds; None without any
     measures: dict[str, Estimate]  # token F1, nats and KL per token, scorers (components/evaluate/measures.py)
     # Fields that differ from the teacher's fingerprint; with any, the score is not comparable here.
     differs: list[str] = Field(default_factory=list)

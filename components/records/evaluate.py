@@ -61,7 +61,8 @@ class Scores(Record):
     samples: int
     exact_match: float  # over all samples
     per_kind: dict[str, float]
-    yes_no: dict[str, YesNo]
+    yes_no: dict[str, YesNo]  # by kind
+    yes_no_overall: YesNo | None = None  # over all yes/no kinds; None without any
     token_f1: float  # mean over samples
     token_f1_per_kind: dict[str, float]
     nats_per_token: float | None = None  # mean NLL of the references; None: not measured

@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_evaluation(comparison: Comparison) -> None:
         assert result.exact_match == pytest.approx(scores.exact_match)
         assert result.per_kind == pytest.approx(scores.per_kind)
         assert result.average == pytest.approx(sum(scores.per_kind.values()) / len(scores.per_kind))
-        assert result.yes_no == scores.yes_no
+        assert (result.yes_no, result.yes_no_overall) == (scores.yes_no, scores.yes_no_overall)
         for value, (low, high) in [(result.exact_match, result.ci95), (result.average, result.average_ci95)]:
             assert low < value < high
 
@@ -318,7 +318,8 @@ def test_arms_that_differ_in_their_seed_alone_are_one_arm(outcomes: Outcomes, co
     assert sft.measures["nats_per_token"].value == pytest.approx(
         fmean(comparison.arms[arm].measures["nats_per_token"].value for arm in runs)
     )
-    assert sft.yes_no["all"].accuracy == pytest.approx(fmean(comparison.arms[arm].yes_no["all"].accuracy for arm in runs))
+    accuracies = [overall.accuracy for arm in runs if (overall := comparison.arms[arm].yes_no_overall)]
+    assert sft.yes_no_overall is not None and sft.yes_no_overall.accuracy == pytest.approx(fmean(accuracies))
     assert {pair.p_mcnemar for pair in merged.pairs if "sft" in (pair.arm, pair.against)} == {None}
     assert merged.repeated and not comparison.repeated
 

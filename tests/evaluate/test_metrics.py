@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from components.dataset.shards import Sample, Turn
 from components.errors import DataError
-from components.evaluate.metrics import OVERALL, matches, normalise, predictions, score, token_f1, yes_no
+from components.evaluate.metrics import matches, normalise, predictions, score, token_f1, yes_no
 from components.records.evaluate import Prediction, YesNo
 
 
@@ -162,17 +162,20 @@ def test_scores_are_per_kind_and_over_all_samples() -> None:
         _prediction("exist", "yes", "Yes"),
         _prediction("compare", "no", "yes"),
         _prediction("compare", "yes", "yes"),
+        _prediction("all", "no", "no"),  # a name as any other
     ]
     scores = score("kd", predicted)
-    assert (scores.arm, scores.samples) == ("kd", 6)
-    assert scores.exact_match == 3 / 6  # over samples, not a mean over kinds
-    assert scores.per_kind == {"compare": 1 / 2, "exist": 1.0, "list": 1 / 3}
-    assert list(scores.yes_no) == ["compare", "exist", OVERALL]  # "list" has a yes among its references, and is none
-    assert scores.yes_no[OVERALL] == yes_no([("Yes", "yes"), ("yes", "no"), ("yes", "yes")])
+    assert (scores.arm, scores.samples) == ("kd", 7)
+    assert scores.exact_match == 4 / 7  # over samples, not a mean over kinds
+    assert scores.per_kind == {"all": 1.0, "compare": 1 / 2, "exist": 1.0, "list": 1 / 3}
+    assert list(scores.yes_no) == ["all", "compare", "exist"]  # "list" has a yes among its references, and is none
+    assert scores.yes_no["all"] == yes_no([("no", "no")])
+    assert scores.yes_no_overall == yes_no([("Yes", "yes"), ("yes", "no"), ("yes", "yes"), ("no", "no")])
 
 
 def test_without_yes_no_kinds_there_are_no_such_figures() -> None:
-    assert score("kd", [_prediction("list", "seven", "seven")]).yes_no == {}
+    scores = score("kd", [_prediction("list", "seven", "seven")])
+    assert scores.yes_no == {} and scores.yes_no_overall is None
 
 
 def test_nothing_to_score_is_refused() -> None:

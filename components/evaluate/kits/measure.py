@@ -134,7 +134,7 @@ def _write_choice_task(bench: Bench, folder: Path, task: str) -> str:
 
 def _stage_scores(arm: str, model: Path) -> KitScores:
     scores = Scores.read(SCORES / arm / "scores.json")
-    figures = scores.yes_no.get(metrics.OVERALL)
+    figures = scores.yes_no_overall
     yes_no_figures = (
         {f"yes_no/{name}": getattr(figures, name) for name in ("f1", "accuracy", "precision", "recall")} if figures else {}
     )
