@@ -26,6 +26,7 @@ SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib
 GPU_WH, CPU_WH = "cost/gpu_wh", "cost/cpu_wh"
 MAX_RUNS = 50_000  # maximum results of one MLflow search
 ALPHA = 0.05  # significance level after Holm
+ROUNDING = 1e-9  # differences of scores that differ by less are equal
 SLACK = 0.05  # relative difference of hours that counts as equal cost: the variation of one run's time
 
 
@@ -277,7 +278,7 @@ def _tests(family: Family, by_variant: dict[str, list[Run]], confidence: float) 
         gaps = [variant_scores[seed] - baseline_scores[seed] for seed in variant_scores if seed in baseline_scores]
         if variant != baseline and gaps:
             pairs.append((variant, baseline, gaps))
-    p_values = [float(stats.ttest_1samp(d, 0.0).pvalue) if len(d) > 1 and np.ptp(d) > 0 else None for _, _, d in pairs]
+    p_values = [float(stats.ttest_1samp(d, 0.0).pvalue) if len(d) > 1 and np.ptp(d) > ROUNDING else None for _, _, d in pairs]
     tested = [p for p in p_values if p is not None]
     adjusted = iter(holm(tested) if tested else [])
     return [

@@ -73,6 +73,12 @@ def test_pairs_are_tested_over_common_seeds_and_adjusted_together() -> None:
     assert smallest == pytest.approx(min(1.0, p_values[0] * len(p_values)))
 
 
+def test_differences_equal_but_for_their_rounding_have_no_p() -> None:
+    scores = {("0.0", 1): 0.7, ("0.0", 2): 0.6, ("1.0", 1): 0.8, ("1.0", 2): 0.7}
+    found = result([run(iva, "0.0", seed, score) for (iva, seed), score in scores.items()])
+    assert {t.variant: t.p_value for t in found.tests[BASELINES]} == {"iva1-tpa0": None}
+
+
 def test_each_family_is_adjusted_by_itself_and_is_a_table_of_its_own() -> None:
     families = {"TPA": Family(variants=["iva1-tpa1"], against=["iva0-tpa0"]), "both": FAMILIES[BASELINES]}
     comparison = compare("terms", RUNS, CELLS, families, 0.95)
