@@ -281,17 +281,21 @@ def test_outside_a_project_that_is_what_is_said(tmp_path: Path, args: tuple[str,
     )
 
 
-def test_a_study_that_is_not_committed_is_refused_at_once(root: Path) -> None:
+@pytest.mark.parametrize(("name", "shown"), [("two", "params/studies/two.yaml"), ("new one", "'params/studies/new one.yaml'")])
+def test_a_study_that_is_not_committed_is_refused_at_once(root: Path, name: str, shown: str) -> None:
     """It runs in a workspace of the last commit, which would not know it."""
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
     for args in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "params"]):
         subprocess.run([*git, *args], cwd=root, check=True)
-    shutil.copy(root / "params/studies/terms.yaml", root / "params/studies/two.yaml")
-    result = alignti(root, "study", "run", "two")
-    assert result.returncode == 2 and result.stderr == (
-        "InputError: params/studies/two.yaml differs from what is committed, and a study runs what is committed:"
-        " git add params/studies/two.yaml && git commit\n"
+    shutil.copy(root / "params/studies/terms.yaml", root / f"params/studies/{name}.yaml")
+    said = (
+        f"InputError: params/studies/{name}.yaml differs from what is committed, and a study runs what is committed:"
+        f" git add {shown} && git commit\n"
     )
+    for change in (["status"], ["mv", "-f", "params/studies/terms.yaml", f"params/studies/{name}.yaml"]):
+        subprocess.run([*git, *change], cwd=root, check=True)
+        result = alignti(root, "study", "run", name)
+        assert result.returncode == 2 and result.stderr == said
 
 
 def test_a_broken_study_hides_no_other(root: Path) -> None:
