@@ -39,8 +39,8 @@ def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
 
 
 def _exists(path: Path) -> bool:
-    """Whether the path exists, or for a pattern `x/*.tar` one such file."""
-    return path.exists() or ("*" in path.name and any(path.parent.glob(path.name)))
+    """Whether the path exists, or for a pattern such as `x/*.tar` one such file."""
+    return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def layer_counts(models: EmbeddedFamily | PretrainedFamily, role: Literal["teachers", "students"]) -> dict[str, int | None]:

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from components.align_ti import terms
+from components.config import local_paths
 from components.config.load import load_settings
 from components.config.local_paths import missing_paths
 from components.config.settings import FILES, Settings
@@ -303,6 +304,15 @@ def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypat
         "models.pretrained: large: larg",
         "models.pretrained: student.language_model: words",
     ]
+
+
+@pytest.mark.parametrize("pattern", ["x/*/0.tar", "x/a/[0-9].tar", "x/a/?.tar", "x/**/*.tar"])
+def test_a_pattern_is_there_if_a_file_matches_it(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not local_paths._exists(Path(pattern))
+    (tmp_path / "x/a").mkdir(parents=True)
+    (tmp_path / "x/a/0.tar").touch()
+    assert local_paths._exists(Path(pattern)) and local_paths._exists(tmp_path / pattern)
 
 
 def test_folders_of_benchmarks_images_are_paths(root: Path) -> None:
