@@ -137,20 +137,20 @@ def _evidence_checks(settings: Settings, name: str) -> Iterator[Problem]:
     arm, evidence = settings.arm(name), settings.distill.teacher_signals.evidence
     if not set(arm.weights) - set(terms.CORE):  # the terms, and torch with them, are imported only if needed
         return
+    kept, share = ([], 0.25) if evidence is None else (evidence.kinds, evidence.share)
     for term, needs in arm.needs.items():
+        key = f"arms.{name}.weights.{term}"
         for kind in needs.evidence:
-            if evidence is None or kind not in evidence.kinds:
+            if arm.answers is not None or arm.rollouts is not None:
+                remedy = "set its weight to 0" if needs.edits else f"set {term}.cached to false"
+                message = f"the teacher's {kind} evidence is of the data's answers, and this arm's are generated: {remedy}"
+                yield "study", key, message
+            elif kind not in kept:
                 message = (
                     f"the teacher's {kind} evidence is not kept; give teacher_signals of params/distill.yaml"
-                    f" `evidence: {{kinds: [{kind}], share: 0.25}}`"
+                    f" `evidence: {{kinds: [{', '.join([*kept, kind])}], share: {share:g}}}`"
                 )
-                yield "study", f"arms.{name}.weights.{term}", message
-            elif arm.answers is not None:
-                yield (
-                    "study",
-                    f"arms.{name}.weights.{term}",
-                    f"evidence is of the data's answers, and `answers` is {arm.answers}",
-                )
+                yield "study", key, message
 
 
 def _answer_checks(settings: Settings, name: str) -> Iterator[tuple[str, str]]:
@@ -172,7 +172,11 @@ def _answer_checks(settings: Settings, name: str) -> Iterator[tuple[str, str]]:
         if (settings.runtime.accelerate or "").startswith(("fsdp", "deepspeed")):
             message = f"params/runtime.yaml: accelerate is {settings.runtime.accelerate}, which divides the student's weights,"
             yield key, f"{message} and answers are written with whole ones; set it to null or ddp"
-        gold_terms = [term for term, needs in arm.needs.items() if needs.gold or (term == "tpa" and arm.tpa.source == "gold")]
+        gold_terms = [
+            term
+            for term, needs in arm.needs.items()
+            if (needs.gold and not needs.evidence) or (term == "tpa" and arm.tpa.source == "gold")
+        ]
         if gold_terms:
             yield key, f"{', '.join(gold_terms)} take the data's answers, and the student writes others; set their weights to 0"
         if distill.gradient_checkpointing and distill.flex_attention and terms.union(arm.needs.values()).ribbon:

@@ -55,6 +55,7 @@ def test_flex_attention_is_refused_where_a_term_reads_attention_maps(tmp_path: P
 
 
 KD = {"sft": 1.0, "kd": 1.0}
+ROLLOUTS = {"share": 0.5, "temperature": 1.0, "top_p": None, "max_new_tokens": 8, "reuse": 1}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a layer beyond the student's": (
         {"weights": {"received": 1.0}, "received": {"layers": [[9, [0]]]}},
@@ -66,6 +67,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "image dependence that nobody keeps": (
         {"weights": {"va_kd": 1.0}, "va_kd": {"cached": True}},
         r"weights\.va_kd: the teacher's blurred evidence is not kept; give teacher_signals .*kinds: \[blurred\]",
+    ),
+    "image dependence of answers that others write": (
+        {"weights": {"va_kd": 1.0}, "va_kd": {"cached": True}, "answers": "teacher"},
+        r"blurred evidence is of the data's answers, and this arm's are generated: set va_kd\.cached to false",
+    ),
+    "evidence of answers that others write": (
+        {"weights": {"mcd": 1.0}, "rollouts": ROLLOUTS},
+        r"gradient evidence is of the data's answers, and this arm's are generated: set its weight to 0",
     ),
     "nothing to keep": ({"weights": {"va_kd": 1.0}, "va_kd": {"by": "random", "cached": True}}, "random takes no pass"),
     "a negative weight": ({"weights": {"tad": 1.0}, "tad": {"beta": -1.0}}, "greater than or equal to 0"),
@@ -89,8 +98,7 @@ def test_options_that_cannot_train_are_refused_before_anything_runs(case: str, t
 
 def test_rollouts_with_divided_weights_are_refused(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "params", tmp_path / "params")
-    rollouts = {"share": 0.5, "temperature": 1.0, "top_p": None, "max_new_tokens": 8, "reuse": 1}
-    arm = {"weights": {"kd": 1.0}, "student": "student", "seed": 1, "rollouts": rollouts}
+    arm = {"weights": {"kd": 1.0}, "student": "student", "seed": 1, "rollouts": ROLLOUTS}
     put(tmp_path, "study", {"arms": {"gkd": arm}})
     put(tmp_path, "evaluate", {"baselines": ["gkd"]})
     load_settings(tmp_path)
