@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -70,12 +72,22 @@ def read(path: Path, max_mib: float) -> bytes:
     """Content of an image file. Raises Refusal: missing_file or too_large."""
     try:
         if not path.is_file():
-            raise Refusal("missing_file", f"{path} is no file")
+            raise Refusal("missing_file", f"{path} is no file{_spelt_otherwise(path)}")
         if (size := path.stat().st_size) > max_mib * 2**20:
             raise too_large(str(path), size, max_mib)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise Refusal("missing_file", f"{str(path)!r} cannot be read: {error}") from None
+
+
+def _spelt_otherwise(path: Path) -> str:
+    """Remark on a file whose name differs from the path's in its Unicode form (a Mac's), or in %20 for a space; or nothing."""
+    text = str(path)
+    spellings = {f"its name is in the form {form}": unicodedata.normalize(form, text) for form in ("NFC", "NFD")}
+    for how, name in (spellings | {"write it without %20 and the like": unquote(text)}).items():
+        if name != text and Path(name).is_file():
+            return f", but {name} is: {how}"
+    return ""
 
 
 def decode(content: bytes, path: str) -> Picture:

@@ -110,6 +110,8 @@ def matching_files(pattern: str) -> list[Path]:
     """Files that match a name or pattern, sorted. Raises DataError for none, TryAgainError if the hub is unreachable."""
     local = Path(_downloaded(pattern) if pattern.startswith(HUB) else pattern)
     paths = [local] if local.is_file() else sorted(Path(local.anchor).glob(str(local.relative_to(local.anchor))))
+    if folders := [path for path in paths if path.is_dir()]:
+        raise DataError(f"params/data.yaml: {folders[0]} is a folder; name the files in it: {folders[0]}/*{local.suffix}")
     if not paths:
         raise DataError(f"params/data.yaml: there is no file {pattern}")
     if odd := next((path for path in map(str, paths) if path.encode("utf-8", "ignore").decode() != path), None):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.config.data import DataLimits
-from components.dataset.images import Picture, _pixels, load
+from components.dataset.images import Picture, _pixels, load, read
 from components.errors import Refusal
 
 LIMITS = DataLimits(max_pixels=10_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=0.1)
@@ -142,6 +142,16 @@ def refused(path: Path) -> str:
     assert path.name[:20] in refusal.value.detail
     assert "\n" not in refusal.value.detail
     return refusal.value.reason
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "said"), [("e\u0301.png", "\xe9.png", "the form NFD"), ("a b.png", "a%20b.png", "without %20")]
+)
+def test_a_name_that_is_spelt_otherwise_is_told(tmp_path: Path, there: str, asked: str, said: str) -> None:
+    (tmp_path / there).touch()
+    with pytest.raises(Refusal) as refusal:
+        read(tmp_path / asked, 1)
+    assert there in refusal.value.detail and said in refusal.value.detail
 
 
 def test_no_file(tmp_path: Path) -> None:

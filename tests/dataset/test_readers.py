@@ -682,6 +682,7 @@ def test_a_parquet_file_whose_columns_have_damaged_names_is_an_error(tmp_path: P
         (str(HERE / "llava/annotations.json"), Path("nowhere"), "is no folder"),
         (str(HERE / "llava/annotations.json"), Path("nowhere/*.tar"), "there is no file"),
         ("nowhere/*.parquet", None, "there is no file"),
+        (str(HERE / "llav?"), HERE, r"llava is a folder; name the files in it: .*llava/\*"),
         ("hf://datasets/a/b/c.parquet", None, "all 40 digits"),
         ("hf://datasets/a/b@main/c.parquet", None, "all 40 digits"),
     ],
