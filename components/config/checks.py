@@ -74,8 +74,12 @@ def _stage_checks(settings: Settings) -> Iterator[Problem]:
         yield "models", "pretrained.teachers", f"stage align has none, and here are {', '.join(teachers)}; set it to {{}}"
     if settings.distill.teacher_signals.source == "cache":
         yield "distill", "teacher_signals.source", "cache, and stage align has no teacher; set it to live"
-    if settings.distill.teacher_signals.evidence is not None:
-        yield "distill", "teacher_signals.evidence", "a teacher's, and stage align has none; set it to null"
+    of_teacher = {
+        "teacher_signals.evidence": settings.distill.teacher_signals.evidence,
+        "teacher_answers": settings.distill.teacher_answers,
+    }
+    for key in (key for key, value in of_teacher.items() if value is not None):
+        yield "distill", key, "a teacher's, and stage align has none; set it to null"
     for name in settings.study.arms:
         if teacher_terms := [term for term, needs in settings.arm(name).needs.items() if needs.teacher]:
             message = f"{', '.join(teacher_terms)} ask a teacher, and stage align has none; set all but sft to 0"

@@ -455,6 +455,10 @@ def test_the_first_stage_has_captions_and_no_teacher(root: Path) -> None:
     put(root, "study", r"(?s)  kd:.*", "")
     put(root, "evaluate", r"baselines: \[.*?\]", "baselines: [sft]")
     assert load_settings(root).distill.stage == "align"
+    written = "teacher_answers: {samples: 1, temperature: 0.0, top_p: null, max_new_tokens: 8}"
+    put(root, "distill", "teacher_answers: null", written)
+    assert problems(root)[0].endswith(": teacher_answers: a teacher's, and stage align has none; set it to null")
+    put(root, "distill", re.escape(written), "teacher_answers: null")
     put(root, "distill", "stage: align", "stage: distill")
     (problem,) = problems(root)
     assert problem.endswith(": pretrained.teachers: {} is for `stage: align`; name a teacher")
