@@ -29,6 +29,8 @@ from components.release.model import CheckpointRef, find, open_model, template_o
 from components.report.terminal import printable
 from components.runtime import prepare_torch
 
+STEMS_BYTES = 120  # of the images' names in an overlay's, which a file system bounds at 255
+
 
 @dataclass
 class Answer:
@@ -100,9 +102,9 @@ def run(
     if not console.is_terminal:
         console.print()  # Live prints no final newline here
     if overlay:
-        stems = (image.stem for image in images)
+        stems = "-".join(image.stem for image in images).encode()[:STEMS_BYTES].decode(errors="ignore")
         models = (re.sub(r"[^\w.]+", "_", answer.checkpoint.name) for answer in answers)
-        path = draw_overlays("-".join([*stems, *models]), question, overlays)
+        path = draw_overlays("-".join([stems, *models]), question, overlays)
         for result in overlays:
             console.print(Text(f"{result.heats[0].above}: {result.layer_reason}"))
         console.print(Text(f"-> {path}"), soft_wrap=True)

@@ -27,9 +27,10 @@ Table = tuple[str, str, list[str], list[list[str]]]  # heading, note, header, ro
 def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     """Write compare.md, compare.csv, compare.html and the PNGs; returns the paths of the first three.
 
-    A study with too many factors for parallel coordinates has no runs.png."""
+    A study with too many factors for parallel coordinates has no runs.png, one without a comparison no differences.png."""
     tables = _tables(result, confidence)
-    names = [name for name in PICTURES if name != "runs.png" or len(result.factors) <= plots.MAX_AXES]
+    drawable = {"differences.png": bool(result.tests), "runs.png": len(result.factors) <= plots.MAX_AXES}
+    names = [name for name in PICTURES if drawable.get(name, True)]
     pictures = {name: draw(PICTURES[name][1], result) for name in names}
     page = templates(Path(__file__).parent).get_template("compare.html.j2")
     embedded = [(PICTURES[name][0], data_uri(picture)) for name, picture in pictures.items()]

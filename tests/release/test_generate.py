@@ -90,6 +90,15 @@ def test_two_models_answer_side_by_side_and_show_where_they_looked(
     assert pixels.shape[1] > 2 * pixels.shape[0] and pixels.std() > 20
 
 
+def test_a_picture_of_many_long_names_has_a_name_that_a_file_may_have(project: Path, settings: Settings) -> None:
+    images = [Path(f"{number}{100 * chr(252)}.png") for number in range(3)]
+    for image in images:
+        image.write_bytes(Path("cat.png").read_bytes())
+    run(["align_ti"], images, QUESTION, settings, max_new_tokens=1, overlay=True)
+    (picture,) = Path("reports/try").glob("0*-align_ti.png")
+    assert picture.stat().st_size > 1000
+
+
 def test_each_of_several_images_has_its_place_in_the_question_and_its_row_of_panels(
     project: Path, settings: Settings, capsys: pytest.CaptureFixture
 ) -> None:

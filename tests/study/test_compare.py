@@ -190,6 +190,14 @@ def test_more_settings_than_parallel_coordinates_can_show_are_left_to_the_tables
     assert not (folder / "runs.png").exists() and "runs.png" not in (folder / "compare.md").read_text()
 
 
+def test_a_study_of_one_variant_has_no_differences_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = result(RUNS[:2])
+    assert not found.tests
+    report.write(found, "one", 0.95)
+    assert {path.name for path in (report.FOLDER / found.study).glob("*.png")} == {"pareto.png", "runs.png"}
+
+
 def test_where_nothing_was_learnt_none_is_the_best() -> None:
     runs = [replace(r, metrics={**r.metrics, SCORE: 0.0}) for r in RUNS]
     assert "nothing was learnt and none is the best" in report.standing(result(runs))
