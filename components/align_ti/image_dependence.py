@@ -14,6 +14,8 @@ from torch import Tensor
 from components.align_ti.batch import Batch
 from components.align_ti.head import CHUNK_MIB, Head, row_losses, rows_per_chunk
 
+JUST_ABOVE = 1e-6
+
 
 def blurred(batch: Batch) -> Batch:
     """Copy of the batch with blurred pixels (..., 3, H, W): images, or each of their tiles, down- and upsampled. Flat patches
@@ -30,8 +32,13 @@ def blurred(batch: Batch) -> Batch:
 
 
 def blank(batch: Batch) -> Batch:
-    """Copy of the batch whose pixels have the mean colour of the processor's normalisation, in the teacher's batch too."""
-    pixels = None if batch.pixel_values is None else torch.zeros_like(batch.pixel_values)
+    """Copy of the batch whose pixels have the mean colour of the processor's normalisation, in the teacher's batch too.
+
+    Tiles (images, tiles, 3, H, W) of zeros are padding to Idefics3 and SmolVLM, which drop them, so those of an image are just
+    above."""
+    pixels = batch.pixel_values
+    if pixels is not None:
+        pixels = (pixels != 0).to(pixels) * JUST_ABOVE if pixels.dim() == 5 else torch.zeros_like(pixels)
     return replace(batch, pixel_values=pixels, teacher=None if batch.teacher is None else blank(batch.teacher))
 
 

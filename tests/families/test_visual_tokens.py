@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from components.align_ti.image_dependence import EDITS
 from components.models.image_processor import visual_tokens
 from components.models.vlm import VLM
 from tests.families import toy
@@ -65,3 +66,13 @@ def test_a_batch_without_any_image(family: str) -> None:
     if family != "paligemma":  # asked without token types, its stock forward lets nothing see ahead
         torch.testing.assert_close(vlm.head(hidden).double(), stock, rtol=1e-5, atol=1e-5)
     assert vlm.head(hidden).isfinite().all()
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_an_edited_image_has_as_many(family: str, edit: str) -> None:
+    vlm, seen = VLM(toy.loaded(family).model), toy.batch(family)
+    batch = EDITS[edit](seen)
+    own = features_of(vlm, seen)
+    changed = features_of(vlm, batch)
+    assert changed.shape == own.shape and (changed - own).abs().max() > 1e-3
