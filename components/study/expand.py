@@ -151,7 +151,13 @@ def _budget_cells(budget: str, cells: list[Cell], baselines: list[str], settings
 def _costs(budget: str, cells: list[Cell], settings: Settings, root: Path) -> dict[str, float]:
     """Cell -> operations or median seconds of one step."""
     if budget == "seconds":
-        return {cell.name: Cost.read(root / STUDENTS / cell.name / "cost.json").seconds_per_step for cell in cells}
+        costs = {cell.name: root / STUDENTS / cell.name / "cost.json" for cell in cells}
+        if untrained := [name for name, cost in costs.items() if not cost.is_file()]:
+            raise SettingsError(
+                f"budgets: seconds: {untrained[0]} was not trained here yet; expand the study without this budget,"
+                " `make repro`, then give it again"
+            )
+        return {name: Cost.read(cost).seconds_per_step for name, cost in costs.items()}
     recipe, _ = recipes.nearest(root)
     assert recipe is not None  # there are recipes
     study = settings.model_copy(update={"study": StudySettings(arms={cell.name: cell.arm for cell in cells})})
