@@ -104,11 +104,12 @@ def samples(
     from components.config.load import load_settings
     from components.records.compare import Comparison
     from components.records.irs import LayerChoice
-    from components.records.paths import DATASET, IRS, REPORTS, TEACHER, TEACHER_ARM
+    from components.records.paths import DATASET, REPORTS, TEACHER, TEACHER_ARM
     from components.records.teacher import TeacherChoice
 
     settings = load_settings()
-    comparison, layer = Comparison.read(REPORTS / "compare.json"), LayerChoice.read(IRS / "layer.json").picked.layer
+    comparison, searched = Comparison.read(REPORTS / "compare.json"), LayerChoice.read_if_searched()
+    layer = None if searched is None else searched.picked.layer
     choice = TeacherChoice.read(TEACHER / "choice.json")
     announce_loading()
     from components.dataset.shards import Samples  # heavy: after the checks of inputs

@@ -46,14 +46,14 @@ def write(
     comparison: Comparison,
     predictions: Mapping[str, Sequence[Prediction]],
     maps: Mapping[str, Sequence[NDArray[np.uint8] | None]],
-    layer: int,
+    layer: int | None,
     most: int,
 ) -> Path:
     """Write reports/samples.html with the first `most` samples of the evaluated split.
 
     Args:
         predictions: per arm and of the teacher, the same questions in the same order (`load_results.read`).
-        maps: sample id -> the teacher's attention map of each image at `layer` (`attention_maps`).
+        maps: sample id -> the teacher's attention map of each image at `layer`, None: over all (`attention_maps`).
 
     Raises DataError if the data set lacks an image that was asked about.
     """
@@ -93,10 +93,10 @@ def write(
 
 @torch.inference_mode()
 def attention_maps(
-    loaded: Loaded, samples: Samples, entries: Sequence[Prediction], layer: int, settings: Settings
+    loaded: Loaded, samples: Samples, entries: Sequence[Prediction], layer: int | None, settings: Settings
 ) -> dict[str, list[NDArray[np.uint8] | None]]:
-    """Sample id -> attention map of each image at `layer`, (rows, columns) uint8 as its visual tokens lie, scaled to a maximum
-    of 255; None where that is not known. Samples without an image are left out."""
+    """Sample id -> attention map of each image at `layer`, or the mean over all layers, (rows, columns) uint8 as its visual
+    tokens lie, scaled to a maximum of 255; None where that is not known. Samples without an image are left out."""
     ids = {p.id for p in entries}
     rows = [row for row in generate.questions(samples) if (sample := samples[row].upto(1)).id in ids and sample.images]
     # Sequences as in the layer search: the answer follows, but causal masking hides it from the instruction rows.
@@ -107,12 +107,13 @@ def attention_maps(
         these = [samples[row].upto(1) for row in rows[start : start + size]]
         batch = collator(these).to(loaded.model.device)
         probe = AttentionProbe.from_masks(batch.instruction, batch.pictures)
-        with probing(loaded.model, [layer], probe):
+        with probing(loaded.model, [*range(loaded.layers)] if layer is None else [layer], probe):
             view.plain(batch, view.features(batch), keep=False)
         image = count()  # number in the batch
-        for sample, seen, numbers in zip(these, probe.maps[layer].cpu().numpy(), probe.pictures.cpu().numpy(), strict=True):
+        attention = torch.stack([*probe.maps.values()]).mean(0)
+        for sample, seen, numbers in zip(these, attention.cpu().numpy(), probe.pictures.cpu().numpy(), strict=True):
             own = (seen[numbers == number + 1] for number in range(len(sample.images)))
-            maps[sample.id] = [_scaled(placed(loaded, batch, attention, next(image))) for attention in own]
+            maps[sample.id] = [_scaled(placed(loaded, batch, look, next(image))) for look in own]
     return maps
 
 

@@ -102,6 +102,8 @@ def test_looks_are_the_attention_of_the_layer_to_each_image(loaded: Loaded, samp
     assert all(grid.shape == (4, 4) and grid.dtype == np.uint8 and grid.max() == 255 for (grid,) in maps.values())
     (first,), *others = maps.values()
     assert any((first != grid).any() for (grid,) in others)
+    mean = attention_maps(loaded, samples, preds, layer=None, settings=settings)  # as where no search was made
+    assert mean.keys() == maps.keys() and any((mean[p.id][0] != maps[p.id][0]).any() for p in preds)
     assert all((attention_maps(loaded, samples, preds[:1], 1, settings)[preds[0].id][0] == first).all() for _ in range(2))
 
 
