@@ -99,6 +99,11 @@ class Evidence:
         self.samples, self.collate = samples, collate
         self._tensors = _read(folder, manifest, kind)
         self._rows = self._select_verified(verified) if self._tensors else {}
+        if not manifest.asked:
+            raise DataError(
+                "L_mcd has nothing to edit: no sample has a partner, another image of as many visual tokens in its shard; raise"
+                " images_per_shard in params/data.yaml, or give mcd no weight"
+            )
         if not self._rows:
             raise DataError(
                 f"L_mcd has nothing to edit: of {manifest.asked:,} samples the teacher answers {manifest.right[kind]:,} as the"

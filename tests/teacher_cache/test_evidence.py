@@ -263,6 +263,13 @@ def test_of_a_teacher_that_answers_nothing_right_an_arm_is_refused(mcd: Path, mo
         trained(Run(None))
 
 
+def test_where_no_image_has_a_partner_that_is_said(mcd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find_evidence, "_grid", lambda collate, sample: sample.image_id)
+    stage.build_signals(load_settings())
+    with pytest.raises(DataError, match=r"no sample has a partner, .*; raise images_per_shard"):
+        trained(Run(None))
+
+
 def test_without_the_block_there_is_none(mcd: Path) -> None:
     write_params(
         mcd, "distill", {"teacher_signals": {"source": "live", "kind": "top_k", "top_k": 4, "draws": 50, "evidence": None}}
