@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from components.config.names import HUB_ID
 from components.config.settings import Settings
@@ -72,11 +74,26 @@ def _load_merged(path: Path, device: torch.device | str) -> Loaded:
     base = base_folder(path)
     loaded = load(base, device)
     try:
-        model: Any = PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload(safe_merge=True)
+        adapted: Any = PeftModel.from_pretrained(loaded.model, str(path))
+        if unread := _unread_tensors(adapted, path / "adapter_model.safetensors"):
+            raise ValueError(f"{len(unread)} tensors belong to no part of it, such as {unread[0]}")
+        model = adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: adapters that do not fit {base}: {' '.join(str(error).split())[:200]}") from None
     has_processor = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     return Loaded(model.eval(), load_processor(path) if has_processor else loaded.processor)
+
+
+def _unread_tensors(adapted: Any, file: Path) -> list[str]:
+    """Names of the tensors of `file` that the adapted model does not hold: peft passes over names that it does not know."""
+    stored = load_file(file)
+    shapes = {tensor.shape for tensor in stored.values()}
+    held = {_digest(tensor) for tensor in adapted.state_dict().values() if tensor.shape in shapes}
+    return [name for name, tensor in stored.items() if _digest(tensor) not in held]
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.float().cpu().numpy().tobytes()).digest()
 
 
 def base_folder(path: Path) -> Path:

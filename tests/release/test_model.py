@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from components.config.settings import Settings
 from components.errors import InputError, ModelError, TryAgainError
@@ -94,12 +95,18 @@ def test_adapters_are_folded_into_their_model(adapter: Path) -> None:
         (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "pickled adapters are not read"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "does not say which model"),
         (lambda f: _say(f, base_model_name_or_path="gone"), "'gone' is no folder here and no ORG/NAME"),
+        (lambda f: _rename(f, "layers.0", "layers.7"), r"do not fit .*: 2 tensors belong to no part of it, .*layers\.7"),
     ],
 )
 def test_adapters_that_cannot_be_used_are_refused(change: Callable[[Path], object], message: str, adapter: Path) -> None:
     change(adapter)
     with pytest.raises(ModelError, match=message):
         open_model(adapter, "cpu")
+
+
+def _rename(folder: Path, part: str, other: str) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace(part, other): tensor for name, tensor in load_file(file).items()}, file)
 
 
 def _say(folder: Path, **values: str) -> None:
