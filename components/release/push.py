@@ -77,7 +77,8 @@ def warnings(card: Path) -> Iterator[str]:
     licences = front_matter.get("licences_of_inputs")
     if not licences:
         yield f"{card.name} does not say under which licences its teacher, its start and its data are"
-    for component, licence in _flatten(licences or {}):
+    stated = licences if isinstance(licences, Mapping) else {"its inputs": licences} if licences else {}
+    for component, licence in _flatten(stated):
         if licence == NOT_STATED or UNSTATED.search(licence):
             yield f"the licence of {component} is not stated; find out whether you may pass on what was made of it"
         elif NON_COMMERCIAL.search(licence):

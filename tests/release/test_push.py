@@ -107,6 +107,8 @@ def test_the_plan_names_files_and_sizes_and_leaves_out_what_is_no_models(folder:
         ("a: CC BY 4.0", "a: Note it here before you pass it on.", "the licence of data a is not stated"),
         ("model-index:\n- name: mine\n  results: []\n", "", "has no scores"),
         (CARD[4:-12], "tags: [x]\n", "does not say under which licences"),
+        ("  teacher: mit\n  data:\n    a: CC BY 4.0", "  unknown", "the licence of its inputs is not stated"),
+        ("  teacher: mit\n  data:\n    a: CC BY 4.0", "- CC BY-NC 4.0", "its inputs is for non-commercial use"),
     ],
 )
 def test_open_questions_about_licences_are_said(old: str, new: str, warning: str, folder: Path) -> None:
