@@ -45,6 +45,7 @@ class Tally:
     """Counts of images and samples, mergeable over parts."""
 
     images: Counter[Split] = field(default_factory=Counter)
+    together: Counter[Split] = field(default_factory=Counter)  # of `images`: several, shown together
     samples: Counter[Split] = field(default_factory=Counter)
     usable: Counter[Split] = field(default_factory=Counter)
     questions: array[int] = field(default_factory=lambda: array("Q"))  # triples of split, image and question about it
@@ -56,6 +57,7 @@ class Tally:
     def add(self, split: Split, samples: list[Sample], judge: Judge | None) -> None:
         """Count the samples about one image, or about several shown together."""
         self.images[split] += 1
+        self.together[split] += len(samples[0].images) > 1
         self.samples[split] += len(samples)
         if judge is None:
             self.questions.extend(_question_triples(split, samples))
@@ -167,6 +169,8 @@ def report(result: CheckResult, settings: Settings, folders: dict[str, Path], mi
     yield "splits: " + "; ".join(
         f"{split} {counted(tally.images[split], 'image')}, {counted(tally.samples[split], 'sample')}" for split in SPLITS
     )
+    if together := tally.together.total():
+        yield f"  {together:,} of these images {'is' if together == 1 else 'are'} several shown together, which count as one"
     per_image = settings.irs.instructions_per_image
     image_counts = " and ".join(f"{tally.images_with_questions(split, per_image):,} of {split}" for split in ("train", "val"))
     yield f"  with {per_image} different questions (irs.instructions_per_image), of which IRS needs 2 images: {image_counts}"

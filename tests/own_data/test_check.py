@@ -120,6 +120,19 @@ def test_samples_that_are_too_long_stop_it_as_they_would_check_rows(pointed: Pat
         check.accept(result, load_settings())
 
 
+def test_images_shown_together_are_said_to_count_as_one(pointed: Path) -> None:
+    def joined(rows: list[dict[str, object]]) -> None:
+        del rows[1::2]  # one question about each image
+        for row, image in zip(rows[:6:2], rows[1:6:2], strict=True):
+            row["images"] = [row.pop("image"), image["image"]]
+            row["messages"][0]["content"] = "<image><image> Which is red ?"  # type: ignore[index]
+
+    respell(pointed / "data/mine", joined)
+    tally, said = checked()[0].tally, checked()[1]
+    assert tally.samples.total() == 20 and tally.together.total() == 3
+    assert "  3 of these images are several shown together, which count as one" in said
+
+
 def test_a_split_without_images_is_told(pointed: Path) -> None:
     path = pointed / "params/data.yaml"
     path.write_text(path.read_text().replace("val: 0.2", "val: 0.0001"))
