@@ -33,16 +33,21 @@ def export(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="As `alignti export` writes it.")],
+    model: Annotated[str, typer.Argument(help="An arm, `teacher`, a folder of `alignti export`, or ORG/NAME of the hub.")],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME")],
     yes: Annotated[bool, typer.Option("--yes-upload", help="Upload; without it nothing leaves this machine.")] = False,
     public: Annotated[bool, typer.Option("--public", help="A new repository is private without it.")] = False,
     update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that holds files.")] = False,
 ) -> None:
-    """Upload a model's folder to the hub; without --yes-upload say what would go there, and what its licences leave open."""
+    """Upload a model to the hub; without --yes-upload say what would go there, and what its licences leave open."""
+    check_models(model)
     from components.release import push as hub
 
-    upload = hub.plan(folder, repo, private=not public)
+    hub.check_repo(repo)
+    from components.config.load import load_settings
+    from components.release.model import find  # heavy: after the checks of inputs
+
+    upload = hub.plan(find(model, load_settings()).path, repo, private=not public)
     typer.echo(str(upload))
     if yes:
         typer.echo(f"uploaded: {hub.push(upload, update)}")

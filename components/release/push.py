@@ -1,4 +1,4 @@
-"""`alignti push`: upload of a checkpoint folder to the Hub; a dry run without the explicit flag."""
+"""`alignti push`: upload of a checkpoint to the Hub; a dry run without the explicit flag."""
 
 from __future__ import annotations
 
@@ -43,14 +43,18 @@ class Upload:
         return "\n".join([*lines, *(f"  WARNING: {warning}" for warning in self.warnings)])
 
 
-def plan(folder: Path, repo: str, private: bool) -> Upload:
-    """Upload plan. Raises ModelError without a complete checkpoint and a card, InputError if `repo` is no ORG/NAME."""
+def check_repo(repo: str) -> None:
+    """Raises InputError if `repo` is no ORG/NAME."""
     if "/" not in repo:
         raise InputError(f"{repo!r}: name the repository ORG/NAME")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise InputError(f"{repo!r} is no name of a repository: {_redacted(error)}") from None
+
+
+def plan(folder: Path, repo: str, private: bool) -> Upload:
+    """Upload plan. Raises ModelError without a complete checkpoint and a card."""
     weight_files(folder)
     if not (folder / CARD).is_file():
         raise ModelError(

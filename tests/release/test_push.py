@@ -20,10 +20,12 @@ from typer.testing import CliRunner
 
 from components.cli import app
 from components.errors import InputError, ModelError, TryAgainError
+from components.records.paths import STUDENTS
 from components.release import push as module
 from components.release.push import Upload, plan, push
 from tests.families import toy
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_canaryAbCdEfGhIj"
 REPO = "org/mine"
 CARD = """---
@@ -43,6 +45,7 @@ model-index:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "params", "params")
     path = Path(shutil.copytree(toy.folder("llava_onevision", 2, 2), "out"))
     (path / "README.md").write_text(CARD)
     (path / ".env").write_text(f"HF_TOKEN={TOKEN}")
@@ -195,22 +198,24 @@ def test_offline_the_real_client_asks_to_try_again(folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("change", "repo", "message", "kind"),
+    ("change", "message"),
     [
-        (lambda f: None, "mine", "name the repository ORG/NAME", InputError),
-        (lambda f: None, "org/--mine", "is no name of a repository", InputError),
-        (lambda f: (f / "README.md").unlink(), REPO, "no README.md, and a model without a card", ModelError),
-        (lambda f: (f / "README.md").write_text("---\n: [\n---\n"), REPO, "front matter is not valid", ModelError),
-        (lambda f: (f / "model.safetensors").unlink(), REPO, "only pickled weights", ModelError),
-        (lambda f: (f / "model.safetensors").write_bytes(b"half"), REPO, "missing or cut short", ModelError),
+        (lambda f: (f / "README.md").unlink(), "no README.md, and a model without a card"),
+        (lambda f: (f / "README.md").write_text("---\n: [\n---\n"), "front matter is not valid"),
+        (lambda f: (f / "model.safetensors").unlink(), "only pickled weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"half"), "missing or cut short"),
     ],
 )
-def test_what_is_no_model_to_hand_on_is_refused(
-    change: Any, repo: str, message: str, kind: type[Exception], folder: Path
-) -> None:
+def test_what_is_no_model_to_hand_on_is_refused(change: Any, message: str, folder: Path) -> None:
     change(folder)
-    with pytest.raises(kind, match=message):
-        plan(folder, repo, private=True)
+    with pytest.raises(ModelError, match=message):
+        plan(folder, REPO, private=True)
+
+
+def test_an_arm_is_handed_on_by_its_name(folder: Path) -> None:
+    shutil.copytree(folder, STUDENTS / "kd/model")
+    result = CliRunner().invoke(app, ["push", "kd", REPO])
+    assert result.output.startswith(f"{STUDENTS}/kd/model -> {REPO} on huggingface.co"), result
 
 
 class Stub(BaseHTTPRequestHandler):
