@@ -8,6 +8,7 @@ writes reports/compare.json, compare.md, plots/*.png, the self-contained report.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from components.config.evaluate import EvaluateSettings
 from components.config.load import load_settings
+from components.config.settings import Settings
 from components.config.study import Arm
 from components.evaluate import dvc_files
 from components.evaluate.fingerprint import differences
@@ -254,6 +256,18 @@ def markdown_without_teacher(arms: Iterable[str], reason: str) -> str:
     return f"No comparison: {reason}. What each arm answers by itself:\n\n{md.table(['arm', 'exact match'], scores)}\n"
 
 
+def record_arms(settings: Settings) -> None:
+    """Record the outcome of each arm, one per seed, and send it; a study records its cells itself."""
+    from components.tracking import history, outcome, provenance
+    from components.tracking.stage_run import PARENT, send
+
+    if history.tags(os.environ.get(PARENT, "")).get("stage", "").startswith("study-"):
+        return
+    locked = provenance.locked()
+    students = {arm: locked.get(f"distill@{arm}", {}).get(str(STUDENTS / arm)) for arm in settings.study.arms}
+    send([outcome.of_arm(arm, md5, settings) for arm, md5 in students.items() if md5], settings.runtime)
+
+
 def main() -> None:
     settings = load_settings()
     if no_teacher := Absent.reason_at(SCORES / TEACHER_ARM / "scores.json"):
@@ -268,8 +282,7 @@ def main() -> None:
         return
 
     from components.evaluate import published_runs, report
-    from components.tracking import outcome, provenance
-    from components.tracking.stage_run import send, stage_run
+    from components.tracking.stage_run import stage_run
 
     with stage_run("compare", runtime=settings.runtime, params={"resamples": settings.evaluate.bootstrap_resamples}) as run:
         outcomes = read(settings.study.arms)
@@ -283,8 +296,7 @@ def main() -> None:
         run.headline(scores, comparison.headline)
         for path in written:
             run.artifact(path)
-    students = {arm: provenance.locked().get(f"distill@{arm}", {}).get(str(STUDENTS / arm)) for arm in comparison.order}
-    send([outcome.of_arm(arm, md5, settings) for arm, md5 in students.items() if md5], settings.runtime)
+    record_arms(settings)
     best = leaders(comparison)
     who = f"best arm {join_names(best)}" if comparison.arms[best[0]].exact_match else "every arm"
     print(

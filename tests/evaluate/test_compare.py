@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from components import io
 from components.config.evaluate import EvaluateSettings
 from components.config.study import Arm
 from components.errors import DataError
-from components.evaluate.compare import compare, runs_by_arm
+from components.evaluate.compare import compare, record_arms, runs_by_arm
 from components.evaluate.fingerprint import differences
 from components.evaluate.headline import leading
 from components.evaluate.likelihood import kl_per_token, nats_per_token
@@ -28,6 +30,8 @@ from components.records.evaluate import Likelihood, Prediction, Scores
 from components.records.paths import SCORES, STUDENTS
 from components.records.record import jsonl
 from components.report.markdown import DASH
+from components.tracking import outcome, provenance, stage_run
+from components.tracking.journal import JOURNALS
 from tests.evaluate.study import ARMS, MEASURED, study_arms, write_scores, write_study
 
 SETTINGS = EvaluateSettings(
@@ -389,3 +393,20 @@ def test_likelihoods_of_another_evaluation_are_refused(study: Path, spoil, messa
             read(ARMS)
     finally:
         path.write_text(original, encoding="utf-8")
+
+
+@pytest.mark.parametrize(("parent", "recorded"), [("pipeline", ["kd-seed1", "kd-seed2"]), ("study-mine", [])])
+def test_every_seed_has_an_outcome_in_mlflow_and_a_study_s_cells_no_second_one(
+    parent: str, recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    io.write_text(JOURNALS / "p.jsonl", json.dumps({"event": "start", "time": 1, "tags": {"stage": parent}}) + "\n")
+    monkeypatch.setenv(stage_run.PARENT, "p")
+    arms = ("kd-seed1", "kd-seed2")
+    monkeypatch.setattr(provenance, "locked", lambda: {f"distill@{arm}": {str(STUDENTS / arm): "0"} for arm in arms})
+    monkeypatch.setattr(outcome, "of_arm", lambda arm, *_: arm)
+    sent: list[str] = []
+    monkeypatch.setattr(stage_run, "send", lambda names, _: sent.extend(names))
+    settings: Any = SimpleNamespace(study=SimpleNamespace(arms=arms), runtime=None)
+    record_arms(settings)
+    assert sent == recorded
