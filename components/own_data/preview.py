@@ -6,6 +6,7 @@ training split if it is of these params, else of the source, ADJACENT together a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -20,12 +21,15 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from components.config.data import DataSettings
+from components.config.models import Template as TemplateSettings
 from components.config.settings import Settings
 from components.dataset.prepare import source_of
 from components.dataset.shards import Sample, Samples
 from components.dataset.source import Stored
+from components.errors import ModelError
 from components.io import write_text
 from components.models.collate import Collator
+from components.models.template import Template
 from components.own_data.check import Tally
 from components.records.paths import DATASET, REPORTS, Split
 from components.report.pages import data_uri, templates, thumbnail
@@ -69,6 +73,7 @@ class Preview:
     tally: Tally  # over all images read
     max_length: int
     max_new_tokens: int
+    unused_template: str  # the checkpoint's own chat template, if it reads a sample otherwise; else empty
 
     @property
     def lengths(self) -> str:
@@ -127,7 +132,24 @@ def preview(settings: Settings, folders: dict[str, Path], each: int) -> Preview:
     read_by = (
         " and ".join(folders) if same_encoding else f"{next(iter(folders))}; another of {', '.join(folders)} reads otherwise"
     )
-    return Preview(origin, read_by, previews, tally, settings.models.max_length, settings.evaluate.max_new_tokens)
+    shown = next((entry.sample for kind in previews.values() for entry in kind if entry.pieces), None)
+    unused = _unused_template(collator, shown, settings.models.template) if shown else ""
+    return Preview(origin, read_by, previews, tally, settings.models.max_length, settings.evaluate.max_new_tokens, unused)
+
+
+def _unused_template(collator: Collator, sample: Sample, settings: TemplateSettings) -> str:
+    """Sentence on the checkpoint's own chat template if it is not in use and reads `sample` otherwise; else empty."""
+    processor = collator.processor
+    if settings.style == "processor" or not (processor.chat_template or processor.tokenizer.chat_template):
+        return ""
+    try:
+        own = Collator(processor, Template(settings.system, style="processor"), sys.maxsize, train=True)
+        (its_own,), (used,) = own.encode([sample]), collator.encode([sample])
+    except ModelError:  # a template that cannot be used
+        return ""
+    if np.array_equal(its_own.input_ids, used.input_ids):
+        return ""
+    return f"The checkpoint's own chat template reads otherwise; models.template.style is {settings.style}, not processor."
 
 
 def decode_pieces(collator: Collator, sample: Sample) -> list[Piece]:
@@ -191,6 +213,8 @@ def lines(preview: Preview) -> Iterator[str]:
     }
     yield f"{preview.origin}; read by {preview.read_by}"
     yield f"{style['trained']('trained on')}, {style['visual']('[visual tokens]')}, all else is read only"
+    if preview.unused_template:
+        yield typer.style(preview.unused_template, fg="yellow")
     for kind, samples in preview.samples.items():
         for entry in samples:
             visual, trained = entry.tokens("visual"), entry.tokens("trained")

@@ -61,6 +61,15 @@ def test_a_sample_that_is_left_out_says_why(pointed: Path) -> None:
     assert sample.issue in (page.write_page(build_preview())).read_text()
 
 
+def test_a_chat_template_that_the_checkpoint_has_and_the_params_leave_out_is_told(pointed: Path) -> None:
+    assert not shown().unused_template
+    path = pointed / "params/models.yaml"
+    path.write_text(path.read_text().replace("style: processor", "style: vicuna"))
+    said = "The checkpoint's own chat template reads otherwise; models.template.style is vicuna"
+    assert said in CliRunner().invoke(app, ["preview"]).output
+    assert said.replace("'", "&#39;") in page.PAGE.read_text()
+
+
 def test_each_source_of_a_mixture_is_shown(pointed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_IMAGES", 4)
     monkeypatch.setattr(page, "ADJACENT", 2)
