@@ -5,6 +5,7 @@ Always `--wait-for-lock`: DVC must lock again after a stage has run, and without
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sqlite3
@@ -112,6 +113,7 @@ def _restore(stage: str, config: dict[str, dict[str, str]] | None = None) -> boo
     from dvc.repo import Repo
     from dvc.stage.cache import RunCacheNotFoundError
 
+    logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)  # `reproduce`, which follows, says the same
     with Repo(config=config, _wait_for_lock=True) as repo, repo.lock:
         (dvc_stage,) = repo.stage.collect(stage)
         try:

@@ -39,6 +39,14 @@ def test_a_stage_runs_alone_and_only_when_its_inputs_are_new(project: Path) -> N
     assert set(dvc.status()) == {"cell@a", "cell@b", "last"}
 
 
+def test_what_is_restored_is_told_by_the_run_of_its_stage_alone(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dvc_repro.reproduce("first")
+    (project / "out/first").unlink()
+    capsys.readouterr()
+    assert dvc.restore("first") and (project / "out/first").exists()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_failed_stage_raises_with_its_own_exit_code(project: Path) -> None:
     (project / "fail-first").write_text("75")
     with pytest.raises(dvc_repro.StageFailed, match="stage first failed") as failure:
