@@ -62,7 +62,7 @@ def test_a_sample_that_is_left_out_says_why(pointed: Path) -> None:
 
 
 def test_a_chat_template_that_the_checkpoint_has_and_the_params_leave_out_is_told(pointed: Path) -> None:
-    assert not shown().unused_template
+    assert not build_preview().unused_template
     path = pointed / "params/models.yaml"
     path.write_text(path.read_text().replace("style: processor", "style: vicuna"))
     said = "The checkpoint's own chat template reads otherwise; models.template.style is vicuna"
