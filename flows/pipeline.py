@@ -33,7 +33,7 @@ from components.errors import AlignTIError, InputError, TryAgainError
 from components.process import exit_from, terminate_once_with_parent
 from components.tracking import history, provenance
 from components.tracking.stage_run import PARENT, stage_run
-from flows import devices, dvc, dvc_repro, heartbeat, jobs, notify, prefect_artifacts, promote, servers
+from flows import devices, dvc, dvc_repro, heartbeat, jobs, notify, plan, prefect_artifacts, promote, servers
 from flows.dvc_repro import Outcome, StopWhen
 from flows.stage_log import StageLog
 from flows.workspace import workspace
@@ -65,7 +65,11 @@ def retrying_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
 
 
 @retrying_task("{stage}")
-def run_stage(stage: str, parent: str, slots: threading.Semaphore, stop_when: StopWhen | None = None) -> Outcome:
+def run_stage(
+    stage: str, parent: str, slots: threading.Semaphore, stop_when: StopWhen | None = None, stale: bool = True
+) -> Outcome:
+    if not stale:
+        return "unchanged"
     with slots, devices.lock_gpu() as device:
         return dvc_repro.reproduce(stage, {PARENT: parent, **device}, stop_when, on_line=StageLog(stage))
 
@@ -97,9 +101,12 @@ def run_stages(title: str, graph: Mapping[str, list[str]], parent: str, slots: t
     Raises StageFailed of the first failure; stages that do not need the failed one were still run.
     """
     futures: dict[str, PrefectFuture[Outcome]] = {}
+    reasons = plan.reasons_to_run(graph, dvc.status())  # one look for all, instead of a `dvc repro` for each that is up to date
     for stage, needs in graph.items():
         upstream = [futures[upstream_stage] for upstream_stage in needs]
-        futures[stage] = run_stage.submit(stage, parent, slots, wait_for=upstream, return_state=False)
+        futures[stage] = run_stage.submit(
+            stage, parent, slots, stale=bool(reasons[stage]), wait_for=upstream, return_state=False
+        )
     wait_for(title, futures)
     return {stage: future.result() for stage, future in futures.items()}
 

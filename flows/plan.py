@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ def _expected(recipe: str | None, settings: Settings) -> dict[str, float]:
     return cost.seconds if cost else {}
 
 
-def reasons_to_run(graph: dict[str, list[str]], status: dict[str, Any]) -> dict[str, list[str]]:
+def reasons_to_run(graph: Mapping[str, list[str]], status: dict[str, Any]) -> dict[str, list[str]]:
     """Reasons to run per stage: of those that DVC calls changed and all downstream (DVC skips those with equal inputs)."""
     reasons: dict[str, list[str]] = {}
     for stage, needs in graph.items():

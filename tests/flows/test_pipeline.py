@@ -56,11 +56,22 @@ def test_the_flow_runs_dvcs_graph_and_leaves_dvc_nothing_to_do(project: Path) ->
     assert ran(project) == []
 
 
-def test_after_dvc_repro_the_flow_has_nothing_to_do(project: Path) -> None:
+def test_after_dvc_repro_the_flow_has_nothing_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks DVC once for all stages, and runs those alone that are stale or after one."""
     dvc_repro.reproduce_all()
     ran(project)
+    reproduced: list[str] = []
+    reproduce = dvc_repro.reproduce
+    monkeypatch.setattr(
+        dvc_repro, "reproduce", lambda stage, *args, **kw: [reproduced.append(stage), reproduce(stage, *args, **kw)][1]
+    )
     assert set(pipeline().values()) == {"unchanged"}
-    assert ran(project) == []
+    assert ran(project) == reproduced == []
+    (project / "a.txt").write_text("other")
+    assert pipeline() == {"first": "unchanged", "cell@a": "ran", "cell@b": "unchanged", "last": "unchanged"}
+    assert sorted(reproduced) == ["cell@a", "last"]
+    (project / "out/cell-b").unlink()
+    assert pipeline()["cell@b"] == "restored"
 
 
 def test_a_stage_that_exits_with_75_is_tried_again(project: Path) -> None:
