@@ -173,7 +173,7 @@ class _Source:
             raise Refusal("missing_file", f"no tar file has a member {name!r}")
         if member[1] is not None:
             places = [json.loads(place) for place in member]
-            both = " and ".join(f"{self.store.tars[tar]} at byte {offset:,}" for tar, offset, _ in places)
+            both = " and ".join(f"{self.store.paths[tar]} at byte {offset:,}" for tar, offset, _ in places)
             raise Refusal("ambiguous_name", f"{name!r} is a member of {both}: which one is meant is not known")
         return list(json.loads(member[0]))
 

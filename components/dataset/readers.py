@@ -55,11 +55,11 @@ class Store:
 
     def names(self) -> Iterator[tuple[str, Place]]:
         """Name and place of every member of the tar files beside the rows."""
-        return tars.names(list(self.tars))
+        return ((name, [len(self.files) + tar, *where]) for name, (tar, *where) in tars.names(list(self.tars)))
 
     @property
     def paths(self) -> list[Path]:
-        """Row files and tar files, whose change invalidates a draft."""
+        """Row files and tar files, by number in an image's place; a change of one invalidates a draft."""
         return [*self.files, *self.tars]
 
     def image(self, place: Place, max_mib: float) -> bytes:
@@ -67,8 +67,8 @@ class Store:
         if len(place) == 1:
             return self._named(place[0], max_mib)
         which, *where = place
-        path = (self.tars or self.files)[which]
-        if self.kind == ".parquet" and not self.tars:
+        path = self.paths[which]
+        if self.kind == ".parquet" and which < len(self.files):
             return parquet.content(path, *where)
         offset, size = where
         return tars.content(path, offset, size, max_mib)

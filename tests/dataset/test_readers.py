@@ -341,6 +341,23 @@ def test_a_member_name_in_two_tar_files_is_refused_and_both_are_named(tmp_path: 
     assert "0.tar at byte 512" in refused.detail and "9.tar at byte 512" in refused.detail
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_images_in_the_rows_files_and_in_tar_files_beside_them_keep_apart(kind: str, tmp_path: Path) -> None:
+    member = KINDS[kind](tmp_path)
+    row = {"id": "named", "image": "k.png", "conversations": conversations(99)}
+    if kind == "webdataset":
+        tar_of(tmp_path / "9.tar", {"n.json": json.dumps(row).encode()})
+    else:
+        named = {key: [value] for key, value in row.items()} | {"image": [{"bytes": None, "path": "k.png"}]}
+        kinds = pq.read_schema(tmp_path / "0.parquet")
+        pq.write_table(pa.table(named, schema=kinds), tmp_path / "9.parquet")
+    (tmp_path / "beside").mkdir()
+    tar_of(tmp_path / "beside" / "k.tar", {"k.png": picture(99), "l.png": picture(98)})
+    write_only(settings_for({"mine": member | {"images": tmp_path / "beside" / "*.tar"}}), tmp_path / "out")
+    assert quarantine(tmp_path / "out") == []
+    assert image_by_answer(tmp_path / "out") == {f"Number {n}.": picture(n) for n in (*range(PICTURES), 99)}
+
+
 @pytest.mark.parametrize("images", [5, True, 0.5, {"a": 1}, "other.png", ["a.png"], []])
 def test_whatever_a_row_says_of_images_its_picture_is_the_one_beside_it(images: Any, tmp_path: Path) -> None:
     entries = tar_entries(range(20))
