@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from components.dataset import json_rows
+from components.dataset.image_refs import IMAGE_KEYS
 from components.dataset.images import too_large
 from components.dataset.media import MEDIA_FILE, Held
 from components.dataset.row import CAPTION, CONVERSATION, NumberedRow
@@ -89,10 +90,12 @@ def _row(file: Any, name: str, members: list[Member], tar: int) -> Any:
     kinds = {ending: ending.rpartition(".")[2] for ending in parts if LINK not in ending}
     pictures = [held[ending] for ending in sorted(kinds, key=_in_order) if kinds[ending] in PICTURES]
     if pictures:
-        raw["image"] = pictures
-        listed = raw.pop("images", None)
-        if isinstance(listed, list) and len(listed) > len(pictures):  # more images than the sample has
-            raw["images"] = listed
+        listed: list[Any] = max((raw[key] for key in IMAGE_KEYS if isinstance(raw.get(key), list)), key=len, default=[])
+        named = {f"{PurePosixPath(name).name}.{ending}".lower(): held[ending] for ending in kinds if held[ending] in pictures}
+        names = [PurePosixPath(str(one)).name.lower() for one in listed]
+        if named.keys() == set(names):
+            pictures = [named[one] for one in names]
+        raw |= {"image": pictures, "images": listed if len(listed) > len(pictures) else None}  # more than the sample has
     if captioned := CAPTION in parts and not any(raw.get(key) for key in CONVERSATION):
         raw[CAPTION] = _text(_read(file, parts[CAPTION]), f"{name}.{CAPTION}")
     for ending, part in parts.items():

@@ -367,6 +367,23 @@ def test_whatever_a_row_says_of_images_its_picture_is_the_one_beside_it(images: 
     assert image_by_answer(tmp_path / "dataset")["Number 3."] == picture(3)
 
 
+def test_images_beside_a_row_stand_as_it_names_them(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image><image>Compare."}, {"from": "gpt", "value": "That."}]
+    entries = tar_entries(range(20))
+    for key, name, listed in (("a", "images", ["in/a.r.png", "a.l.png"]), ("b", "image", ["b.r.png", "b.l.png"])):
+        entries |= {f"{key}.l.PNG": picture(30), f"{key}.r.PNG": picture(31)}
+        entries[f"{key}.json"] = json.dumps({name: listed, "conversations": turns}).encode()
+    for key, name in (("c", "images"), ("d", "image")):  # one of the two is not there
+        entries |= {f"{key}.png": picture(32)}
+        row = {name: [f"{key}.png", "other.png"], "conversations": [{"from": "human", "value": "Compare."}, turns[1]]}
+        entries[f"{key}.json"] = json.dumps(row).encode()
+    tar_of(tmp_path / "x.tar", entries)
+    write_only(settings_for({"mine": {"files": str(tmp_path / "x.tar"), "images": None}}), tmp_path / "out")
+    images = {sample.id: sample.images for sample in stored(tmp_path / "out") if sample.turns[0].answer == "That."}
+    assert images == dict.fromkeys(("mine/x/a", "mine/x/b"), (picture(31), picture(30)))
+    assert [bad.id for bad in quarantine(tmp_path / "out")][-2:] == ["x/c", "x/d"]
+
+
 def test_a_key_twice_in_a_tar_file_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, content in [*tar_entries(range(20)).items(), *tar_entries(range(30, 31)).items()]:
