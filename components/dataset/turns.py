@@ -112,6 +112,8 @@ class TurnReader:
             self.rules["number"] = f"the number {value!r} was read as text"
             return str(value)
         if isinstance(value, list):
+            if len(value) > 1 and all(isinstance(part, str) for part in value):  # as VQA sets list what several people said
+                raise Refusal("turns", f"a turn is one text, not a list of {len(value)}: {', '.join(map(short, value[:3]))}")
             self.rules["parts"] = "a turn was a list of parts"
             text = ""
             for part in map(self._part, value):

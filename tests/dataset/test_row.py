@@ -164,8 +164,15 @@ def test_a_system_text_of_a_pair_stands_before_its_question() -> None:
 
 def test_texts_of_a_list_do_not_run_into_one_another() -> None:
     text = [{"type": "text", "text": "left "}, {"type": "text", "text": "or right?"}]
-    row = read(image="c.png", messages=openai(["Look.", {"type": "image"}, "Is it", *text], ["It is", "left."]))
-    assert exchanges(row) == [("<image>\nLook. Is it\nleft or right?", "It is\nleft.")]
+    row = read(image="c.png", messages=openai(["Look.", {"type": "image"}, "Is it", *text], [*text]))
+    assert exchanges(row) == [("<image>\nLook. Is it\nleft or right?", "left or right?")]
+
+
+def test_one_of_several_answers_is_not_known_to_be_meant() -> None:
+    with pytest.raises(Refusal, match=r"one text, not a list of 2: 'A cat\.', 'cat'") as refusal:
+        read(image="c.png", conversations=chat(CAT, ["A cat.", "cat"]))
+    assert refusal.value.reason == "turns"
+    assert exchanges(read(image="c.png", conversations=chat(CAT, ["A cat."]))) == [(CAT, "A cat.")]
 
 
 def test_json_within_text_says_each_key_once() -> None:
