@@ -63,9 +63,9 @@ def _understood(number: int, raw: dict[str, Any], limits: DataLimits, folder: Pa
     keys, conversation = _conversation(raw)
     messages, independent = reader.read(conversation) if keys else (_caption(raw, reader), False)
     pictures = image_refs(raw, reader.images, reader.places, folder, changes)
+    _note_unread(raw, {"id", "kind", *(keys or (CAPTION,)), *INSTRUCTIONS, *IMAGE_KEYS}, pictures, changes)
     if not keys and not pictures:
         raise Refusal("missing_key", f"{CAPTION!r} is a caption, and no image is beside it")
-    _note_unread(raw, {"id", "kind", *(keys or (CAPTION,)), *INSTRUCTIONS, *IMAGE_KEYS}, pictures, changes)
 
     turns = reader.alternating(messages, [reader.text(raw[key], key) for key in INSTRUCTIONS if key in raw])
     refuse_foreign(turns, len(pictures), "objects" in raw)
@@ -136,7 +136,8 @@ def _note_unread(raw: dict[str, Any], known: set[str], shown: tuple[str | Held, 
             continue
         if may_be_media(key, value, shown):
             what = "video" if VIDEO.search(f"{key} {short(value)}") else "unread_media"
-            raise Refusal(what, f"{key!r} may be a picture, a video or a sound, and is not read: {short(value)}")
+            name = "" if shown else "; the row's image is named 'image'"
+            raise Refusal(what, f"{key!r} may be a picture, a video or a sound, and is not read: {short(value)}{name}")
         if is_unlearnt(key, value) or (key == "label" and value is False):
             raise Refusal("turns", f"{key!r} is {short(value)}: the row is not to be trained on as it stands")
         changes.ignored[key] = None

@@ -264,6 +264,8 @@ def test_an_answer_or_a_row_that_is_not_to_be_learnt_is_refused(mask: dict[str, 
         ({"texts": [{"question": "q", "answer": "a"}]}, "missing_key", "{user, assistant}, and one has 'question', 'answer'"),
         ({"messages": openai([{"type": "text", "value": "What?"}], "That.")}, "wrong_type", "'value': 'What"),
         ({"txt": "a dog"}, "missing_key", "no image is beside it"),
+        ({"txt": "a dog", "jpg": HELD}, "unread_media", "'jpg' may be a picture"),
+        ({"file_name": "c.png", "conversations": chat("What?", "A.")}, "unread_media", "image is named 'image'"),
         ({"image": "https://x.org/a.png", "conversations": chat(CAT, "That.")}, "missing_file", "is an address"),
         ({"conversations": chat("What?")}, "turns", "no question with its answer"),
         (
