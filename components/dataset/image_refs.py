@@ -78,5 +78,5 @@ def _path(value: str, folder: Path | None, changes: Changes) -> str:
             path = path.relative_to(root)
             break
     if path.is_absolute() or ".." in path.parts:
-        raise Refusal("image_path", f"{short(value)} leads out of the image folder")
+        raise Refusal("image_path", f"{short(value)} leads out of the image folder, or goes up in it (..)")
     return str(path)

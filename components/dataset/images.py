@@ -81,10 +81,15 @@ def read(path: Path, max_mib: float) -> bytes:
 
 
 def _spelt_otherwise(path: Path) -> str:
-    """Remark on a file whose name differs from the path's in its Unicode form (a Mac's), or in %20 for a space; or nothing."""
+    """Remark on a file that differs in its Unicode form (a Mac's), %20, backslashes or its ending's capitals; or nothing."""
     text = str(path)
-    spellings = {f"its name is in the form {form}": unicodedata.normalize(form, text) for form in ("NFC", "NFD")}
-    for how, name in (spellings | {"write it without %20 and the like": unquote(text)}).items():
+    stem, dot, ending = text.rpartition(".")
+    spellings = {f"its name is in the form {form}": unicodedata.normalize(form, text) for form in ("NFC", "NFD")} | {
+        "write it without %20 and the like": unquote(text),
+        "write it with / for a backslash": text.replace("\\", "/"),
+        "its ending has other capitals": f"{stem}{dot}{ending.swapcase()}",
+    }
+    for how, name in spellings.items():
         if name != text and Path(name).is_file():
             return f", but {name} is: {how}"
     return ""

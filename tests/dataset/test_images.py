@@ -145,9 +145,16 @@ def refused(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("there", "asked", "said"), [("e\u0301.png", "\xe9.png", "the form NFD"), ("a b.png", "a%20b.png", "without %20")]
+    ("there", "asked", "said"),
+    [
+        ("e\u0301.png", "\xe9.png", "the form NFD"),
+        ("a b.png", "a%20b.png", "without %20"),
+        ("in/a.png", r"in\a.png", "with / for a backslash"),
+        ("a.JPG", "a.jpg", "capitals"),
+    ],
 )
 def test_a_name_that_is_spelt_otherwise_is_told(tmp_path: Path, there: str, asked: str, said: str) -> None:
+    (tmp_path / "in").mkdir()
     (tmp_path / there).touch()
     with pytest.raises(Refusal) as refusal:
         read(tmp_path / asked, 1)

@@ -267,6 +267,7 @@ def test_an_answer_or_a_row_that_is_not_to_be_learnt_is_refused(mask: dict[str, 
         ({"txt": "a dog", "jpg": HELD}, "unread_media", "'jpg' may be a picture"),
         ({"file_name": "c.png", "conversations": chat("What?", "A.")}, "unread_media", "image is named 'image'"),
         ({"image": "https://x.org/a.png", "conversations": chat(CAT, "That.")}, "missing_file", "is an address"),
+        ({"image": "in/../a.png", "conversations": chat(CAT, "That.")}, "image_path", "or goes up in it"),
         ({"conversations": chat("What?")}, "turns", "no question with its answer"),
         (
             {"x": reduce(lambda inner, _: [inner], range(900), [0]), "conversations": chat("What?", "That.")},
