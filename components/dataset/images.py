@@ -55,7 +55,7 @@ def check(content: bytes, path: str, limits: DataLimits) -> Picture:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Refusal("too_large", f"{path} has more than limits.max_pixels = {limits.max_pixels:,} pixels") from None
     except UnidentifiedImageError:
-        raise Refusal("not_an_image", f"{path} is none of {', '.join(READ)}") from None
+        raise Refusal("not_an_image", f"{path} is none of {', '.join(READ)}: it begins with {content[:24]!r}") from None
     except (Refusal, AlignTIError):
         raise
     except Exception as error:  # decoders may raise anything on invalid bytes

@@ -96,8 +96,8 @@ def store(files: str, images: Path | None) -> Store:
     """Store for `files`, by their extension, and their `images`. Raises DataError if format or files are missing."""
     ending = Path(files).suffix.lower()
     kind = ending if ending in READERS else ".json"
-    if images is None and kind != ending:
-        raise DataError(f"params/data.yaml: {files} ends in none of {', '.join(READERS)}")
+    if images is None and kind != ending and not Path(files).is_dir():
+        raise DataError(f"params/data.yaml: {files} ends in none of {', '.join(READERS)}; unpack or convert it")
     paths = matching_files(files)
     if images is None or images.is_dir():
         return Store(paths, kind, folder=images)
@@ -113,7 +113,8 @@ def matching_files(pattern: str) -> list[Path]:
     if folders := [path for path in paths if path.is_dir()]:
         raise DataError(f"params/data.yaml: {folders[0]} is a folder; name the files in it: {folders[0]}/*{local.suffix}")
     if not paths:
-        raise DataError(f"params/data.yaml: there is no file {pattern}")
+        braces = "; a pattern has *, ** and ?, no braces" if "{" in pattern else ""  # WebDataset's {000..123}
+        raise DataError(f"params/data.yaml: there is no file {pattern}{braces}")
     if odd := next((path for path in map(str, paths) if path.encode("utf-8", "ignore").decode() != path), None):
         raise DataError(f"params/data.yaml: rename a file of {pattern} whose name is no UTF-8: {odd!a}")
     return paths
