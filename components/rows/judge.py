@@ -5,6 +5,7 @@ Reads texts and image headers alone, with the tokenizers, templates and image-si
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -42,7 +43,7 @@ class Issue(Record):
 
 
 class _Placeholders(NamedTuple):
-    """Placeholders of a sample's images, shortened to one visual token where the others only add to the count."""
+    """Placeholders of a sample's images, each run of visual tokens shortened to one: the others only add to the count."""
 
     texts: tuple[str, ...]
     extra_tokens: tuple[int, ...]  # further tokens of each image beyond its text
@@ -133,15 +134,12 @@ class Judge:
 
 def _render_placeholders(collator: Collator, sizes: Sizes) -> _Placeholders:
     image_texts, stretched = collator.shown(sizes)
-    visual_token = collator.tokenizer.convert_ids_to_tokens(visual_id(collator.processor))
-    short_texts, extra_tokens = [], []
-    for text in image_texts:
-        ids = collator.tokenizer.encode(text, add_special_tokens=False)
-        # The text begins and ends with added tokens, so its neighbours tokenize as beside a single one.
-        shorten = {ids[0], ids[-1]} <= set(collator.tokenizer.added_tokens_decoder)
-        short_texts.append(visual_token if shorten else text)
-        extra_tokens.append(len(ids) - 1 if shorten else 0)
-    return _Placeholders(tuple(short_texts), tuple(extra_tokens), stretched)
+    visual = visual_id(collator.processor)
+    token = collator.tokenizer.convert_ids_to_tokens(visual)
+    repeated = f"(?:{re.escape(token)})+" if visual in collator.tokenizer.added_tokens_decoder else "(?!)"  # else not apart
+    short_texts = tuple(re.sub(repeated, lambda _: token, text) for text in image_texts)
+    extra = ((len(text) - len(short)) // len(token) for text, short in zip(image_texts, short_texts, strict=True))
+    return _Placeholders(short_texts, tuple(extra), stretched)
 
 
 def _format_sizes(sizes: Sizes) -> str:

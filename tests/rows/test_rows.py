@@ -201,6 +201,17 @@ def test_a_verdict_is_the_length_of_what_the_collator_makes(family: str) -> None
     ]
 
 
+def test_line_breaks_around_an_image_may_be_one_token_with_those_beside_them() -> None:
+    """Gemma's own tokenizer has a token for each number of line breaks, and its images stand between two and two."""
+    judge = Judge([toy.folder("gemma3")], settings_with(max_length=100_000).models)
+    (collator,) = judge.collators
+    collator.tokenizer.add_tokens(["\n\n", "\n\n\n"])
+    samples = [sample for sample in toy.SAMPLES if sample.images]
+    sizes = [tuple(Image.open(io.BytesIO(image)).size for image in sample.images) for sample in samples]
+    lengths = [tokens for (_, tokens, _), _ in judge("train", samples, sizes)]
+    assert lengths == [len(row.input_ids) for row in collator.encode(samples)]
+
+
 @pytest.mark.parametrize(("jinja", "usable"), [("", 3), ("first", 2), ("one", 1)])
 def test_rows_whose_images_a_template_has_no_place_for_are_left_out_and_say_so(jinja: str, usable: int, root: Path) -> None:
     """As released: LLaVA-OneVision's puts a turn's images before its words; others write one image alone."""
