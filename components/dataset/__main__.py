@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from components.config.load import load_settings
@@ -60,14 +61,16 @@ def unseen_by_dvc(settings: Settings) -> Iterator[str]:
 
 def can_search(samples: Samples) -> bool:
     """Whether two images, or more, have two questions besides captions each, which the layer search compares."""
-    questions = [
-        {turn.question for sample in samples.texts(row) if sample.images and sample.kind != CAPTION for turn in sample.turns}
-        for row in range(samples.images)
-    ]
-    if sum(len(row) > 1 for row in questions) > 1:
-        return True
-    by_image = (set().union(*(questions[row] for row in rows)) for rows in samples.equal_images())
-    return sum(len(image) > 1 for image in by_image) > 1
+
+    def has_two(images: Iterable[Sequence[int]]) -> bool:
+        return len(list(islice((rows for rows in images if len(_questions(samples, rows)) > 1), 2))) == 2
+
+    return has_two([row] for row in range(samples.images)) or has_two(samples.equal_images())
+
+
+def _questions(samples: Samples, rows: Sequence[int]) -> set[str]:
+    texts = (sample for row in rows for sample in samples.texts(row) if sample.images and sample.kind != CAPTION)
+    return {turn.question for sample in texts for turn in sample.turns}
 
 
 def _overlap() -> str:
