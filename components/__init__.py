@@ -33,16 +33,18 @@ class _Terminal(io.FileIO):
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
             return memoryview(text).nbytes
 
 
 def _on_terminal(stream: TextIO, number: int) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
         return stream
-    descriptor = io.BufferedWriter(_Terminal(number, "w", closefd=False))
+    terminal = _Terminal(number, "w", closefd=False)
     return io.TextIOWrapper(
-        descriptor,
+        terminal if stream.write_through else io.BufferedWriter(terminal),  # type: ignore[arg-type]  # raw, as of `python -u`
         stream.encoding,
         stream.errors,
         line_buffering=stream.line_buffering,

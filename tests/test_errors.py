@@ -195,6 +195,18 @@ def test_a_closed_terminal_and_nohup(output: str) -> None:
         assert stage.wait(timeout=30) == 0
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_reaches_the_terminal_before_the_next(unbuffered: str) -> None:
+    main, other = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    code = "import components, os; print('said'); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], stdout=other, stderr=other, env=environment)
+    os.close(other)
+    os.set_blocking(main, False)
+    assert os.read(main, 100) == b"said\r\n"
+    os.close(main)
+
+
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_closed_streams_end_nothing_and_nothing_else_takes_their_place(closed: str, tmp_path: Path) -> None:
     code = "import components, sys; print('a'); print('b', file=sys.stderr); open(sys.argv[1], 'w').write('c')"

@@ -109,7 +109,9 @@ def store(files: str, images: Path | None) -> Store:
 def matching_files(pattern: str) -> list[Path]:
     """Files that match a name or pattern, sorted. Raises DataError for none, TryAgainError if the hub is unreachable."""
     local = Path(_downloaded(pattern) if pattern.startswith(HUB) else pattern)
-    paths = [local] if local.is_file() else sorted(Path(local.anchor).glob(str(local.relative_to(local.anchor))))
+    paths = (
+        [local] if local.is_file() or local.is_dir() else sorted(Path(local.anchor).glob(str(local.relative_to(local.anchor))))
+    )
     if folders := [path for path in paths if path.is_dir()]:
         raise DataError(f"params/data.yaml: {folders[0]} is a folder; name the files in it: {folders[0]}/*{local.suffix}")
     if not paths:

@@ -713,6 +713,7 @@ def test_a_parquet_file_whose_columns_have_damaged_names_is_an_error(tmp_path: P
     [
         ("x.zip", None, "ends in none of .json, .jsonl, .tar, .parquet; unpack"),
         (str(HERE / "llava"), None, r"llava is a folder; name the files in it: .*llava/\*"),
+        (".", None, r"\. is a folder; name the files in it"),
         ("x-{000..002}.tar", None, r"no file x-\{000\.\.002\}\.tar; a pattern has"),
         ("rows.json", None, "there is no file"),
         (str(HERE / "llava/annotations.json"), Path("nowhere"), "is no folder"),

@@ -75,7 +75,7 @@ def check(body: dict[str, Any], context: int) -> None:
 def divide_special_tokens(body: dict[str, Any], tokenizer: Any) -> None:
     """Put a character that the tokenizer drops into each special token that a request's texts spell: no text opens or ends a
     turn, as in training (components/models/plain.py)."""
-    spelling = re.compile("|".join(re.escape(token) for token in special_tokens(tokenizer)))
+    spelling = re.compile("|".join(map(re.escape, sorted(special_tokens(tokenizer), key=len, reverse=True))) or "(?!)")
     for part, key in _texts(body, ("content", "text", "input")):
         part[key] = spelling.sub(lambda match: match[0][0] + DROPPED + match[0][1:], part[key].replace(DROPPED, ""))
     backend = tokenizer.backend_tokenizer
