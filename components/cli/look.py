@@ -33,11 +33,16 @@ def runs(last: int = typer.Option(40, "--last", min=1, help="As many, the latest
 
 
 @app.command()
-def compare(study: str) -> None:
+def compare(
+    study: str,
+    csv: Annotated[Path | None, typer.Option(help="Runs of an earlier compare.csv, in place of MLflow's.")] = None,
+) -> None:
     """Say what a study shows, from its runs in MLflow: reports/studies/STUDY/compare.{md,csv,html}."""
     from components.study import expand
 
     plan = expand.read(study)
+    if csv is not None:
+        check_file("--csv", csv)
     from components.config.load import load_settings
     from components.errors import without_login
     from components.tracking.mlflow_client import check_recorded
@@ -46,19 +51,22 @@ def compare(study: str) -> None:
 
     use_running()
     settings = load_settings()
-    check_recorded(settings.runtime.tracking_uri)
+    tracking_uri = settings.runtime.tracking_uri
+    if csv is None:
+        check_recorded(tracking_uri)
     from components.study import compare as comparison  # heavy: after the checks of inputs
     from components.study import report
+    from components.study.runs import load_runs, read_csv
 
-    runs = comparison.load_runs(settings.runtime.tracking_uri, settings.runtime.experiment, study)
+    runs = load_runs(tracking_uri, settings.runtime.experiment, study) if csv is None else read_csv(csv)
     cells = expand.cells(study)
     families = expand.families(plan, cells)
     result = comparison.compare(study, runs, [cell.name for cell in cells], families, settings.evaluate.confidence)
     paths = report.write(result, plan.about, settings.evaluate.confidence)
     typer.echo(report.standing(result))
     typer.echo(f"-> {', '.join(map(str, paths))}")
-    tracking_url = without_login(settings.runtime.tracking_uri)
-    if tracking_url.startswith("http"):
+    tracking_url = without_login(tracking_uri)
+    if csv is None and tracking_url.startswith("http"):
         typer.echo(f"in MLflow: {page(tracking_url, [run.id for run in result.runs], result.runs[0].experiment)}")
 
 

@@ -1,4 +1,4 @@
-"""Comparison of a study from its runs in MLflow: variants over seeds, tests against baselines, effects of factors.
+"""Comparison of a study's runs: variants over seeds, tests against baselines, effects of factors.
 
 Seeds are the repetitions: two variants are compared by a paired t test over the seeds that both have, and all p values of a
 family are adjusted together (Holm). A factor's main effect is the mean difference over all pairs of runs that agree in
@@ -12,40 +12,18 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from components.errors import DataError, InputError
+from components.errors import DataError
 from components.evaluate.statistics import Interval, holm
 from components.study.expand import SEED, Family
-from components.tracking.outcome import CELL, FINGERPRINT
-from components.tracking.stage_run import JOURNAL_ONLY
+from components.study.runs import HOURS, MEMORY, SCORE, Run
 
-SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 GPU_WH, CPU_WH = "cost/gpu_wh", "cost/cpu_wh"
-MAX_RUNS = 50_000  # maximum results of one MLflow search
 ALPHA = 0.05  # significance level after Holm
 ROUNDING = 1e-9  # differences of scores that differ by less are equal
 SLACK = 0.05  # relative difference of hours that counts as equal cost: the variation of one run's time
-
-
-@dataclass(frozen=True)
-class Run:
-    """Finished run of a cell."""
-
-    id: str
-    cell: str
-    variant: str
-    params: dict[str, str]  # parameters varied by the study
-    metrics: dict[str, float]
-    fingerprint: str
-    started: int  # ms since 1970
-    experiment: str = ""  # MLflow's experiment id
-
-    @property
-    def seed(self) -> str:
-        return self.params.get(SEED, "")
 
 
 @dataclass(frozen=True)
@@ -103,56 +81,6 @@ class StudyResult:
     tests: dict[str, list[Test]]  # by family
     effects: list[Effect]
     factors: list[str]
-
-
-def load_runs(tracking_uri: str, experiment: str, study: str) -> list[Run]:
-    """Runs of a study from MLflow (`read`), after a sync of local journals, which a running study sends only at its end.
-
-    Error messages leave out the address, which may hold a password.
-
-    Raises:
-        InputError: `tracking_uri` names no MLflow, or one without this experiment.
-        TryAgainError: MLflow does not respond, or not to this version of it.
-    """
-    from components.tracking.mlflow_client import asking, client
-    from components.tracking.mlflow_sync import try_sync
-
-    if tracking_uri == JOURNAL_ONLY:
-        raise InputError(
-            f"tracking_uri is {JOURNAL_ONLY} (params/runtime.yaml, ALIGNTI_TRACKING_URI), and studies are compared in MLflow:"
-            " give its address, and `alignti sync` sends it what the journals hold"
-        )
-    server = "the MLflow of tracking_uri (params/runtime.yaml, ALIGNTI_TRACKING_URI)"
-    with asking(f"{server} does not answer", "`alignti status` says whether this folder's own is up"):
-        mlflow = client(tracking_uri)
-        try_sync(tracking_uri)
-        return read(mlflow, experiment, study)
-
-
-def read(client: Any, experiment: str, study: str) -> list[Run]:
-    """Finished runs of the study's cells, oldest first. Raises InputError if MLflow has no such experiment."""
-    mlflow_experiment = client.get_experiment_by_name(experiment)
-    if mlflow_experiment is None:
-        raise InputError(
-            f"MLflow has no experiment {experiment!r} yet; run the study first, or name another in params/runtime.yaml"
-        )
-    query = f"tags.stage = '{CELL}' and tags.study = '{study}' and attributes.status = 'FINISHED'"
-    runs = client.search_runs(
-        [mlflow_experiment.experiment_id], query, max_results=MAX_RUNS, order_by=["attributes.start_time ASC"]
-    )
-    return [
-        Run(
-            id=run.info.run_id,
-            cell=run.data.tags["cell"],
-            variant=run.data.tags["variant"],
-            params=dict(run.data.params),
-            metrics=dict(run.data.metrics),
-            fingerprint=run.data.tags.get(FINGERPRINT, "null"),
-            started=run.info.start_time,
-            experiment=run.info.experiment_id,
-        )
-        for run in runs
-    ]
 
 
 def compare(

@@ -9,7 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from components.report.figures import Theme
-from components.study.compare import HOURS, MEMORY, SCORE, StudyResult, Test, on_front
+from components.study.compare import StudyResult, Test, on_front
+from components.study.runs import HOURS, MEMORY, SCORE
 
 POINTS = 100
 MAX_AXES = 12  # factors that parallel coordinates can show legibly

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from components.io import write_bytes, write_table, write_text
+from components.io import write_bytes, write_text
 from components.records.paths import REPORTS
 from components.report import markdown as md
 from components.report.figures import draw
 from components.report.pages import data_uri, templates
 from components.study import plots
 from components.study.compare import SLACK, Estimate, StudyResult, abbreviate, equal_compute
+from components.study.runs import write_csv
 
 FOLDER = REPORTS / "studies"
 PICTURES = {  # file -> heading, figure
@@ -37,7 +38,7 @@ def write(result: StudyResult, about: str, confidence: float) -> list[Path]:
     html = page.render(result=result, about=about, standing=standing(result), tables=tables, pictures=embedded)
     folder = FOLDER / result.study
     write_text(folder / "compare.md", _markdown(result, about, tables, pictures))
-    _write_runs(folder / "compare.csv", result)
+    write_csv(folder / "compare.csv", result.runs)
     write_text(folder / "compare.html", html)
     for name in PICTURES:
         if name in pictures:
@@ -123,14 +124,6 @@ def _markdown(result: StudyResult, about: str, tables: Sequence[Table], pictures
     for heading, note, head, rows in tables:
         parts += [f"## {heading}", note, md.table(head, rows)]
     return "\n\n".join([*parts, *(f"![{Path(picture).stem}]({picture})" for picture in pictures)]) + "\n"
-
-
-def _write_runs(path: Path, result: StudyResult) -> None:
-    """Write the CSV with one line per run: its varied parameters and its metrics."""
-    rows = [{"run_id": run.id, "cell": run.cell, "variant": run.variant, **run.params, **run.metrics} for run in result.runs]
-    params = dict.fromkeys(name for run in result.runs for name in run.params)
-    metrics = sorted({name for run in result.runs for name in run.metrics})
-    write_table(path, rows, ["run_id", "cell", "variant", *params, *metrics])
 
 
 def _interval(estimate: Estimate) -> str:

@@ -5,9 +5,7 @@ import itertools
 import json
 import random
 import re
-import shutil
 import sqlite3
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from components.config.load import load_settings
-from components.errors import DataError, InputError, TryAgainError
+from components.errors import DataError, InputError
 from components.study import compare as module
-from components.study import plots, report
-from components.study.compare import HOURS, MEMORY, SCORE, Run, StudyResult, compare
+from components.study import plots, report, runs
+from components.study.compare import StudyResult, compare
 from components.study.expand import Family
-from components.tracking import journal
+from components.study.runs import HOURS, MEMORY, SCORE, Run
 from components.tracking.mlflow_client import client
 
 FINGERPRINT = json.dumps({"kit": "alignti", "dataset_hash": "abc"})
@@ -171,7 +168,7 @@ def test_the_files_say_what_was_found_and_need_no_other(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     written = {path.suffix: path for path in report.write(result(), "What <each> term does", 0.95)}
     rows = list(csv.DictReader(written[".csv"].open()))
-    assert [float(row[SCORE]) for row in rows] == [r.metrics[SCORE] for r in RUNS]
+    assert [float(row[f"metrics.{SCORE}"]) for row in rows] == [r.metrics[SCORE] for r in RUNS]
     page = written[".html"].read_text()
     assert "What &lt;each&gt; term does" in page and not re.search(r'(?:src|href)="(?!data:)', page)
     for text in (page, written[".md"].read_text()):
@@ -215,11 +212,11 @@ def test_a_thousand_runs_are_compared(tmp_path: Path, monkeypatch: pytest.Monkey
     mlflow = client("sqlite:///mlflow.db")
     experiment = mlflow.create_experiment("align-ti")
     with pytest.raises(InputError, match="no experiment 'other'"):
-        module.read(mlflow, "other", "terms")
+        runs.read(mlflow, "other", "terms")
     cells = _fill(tmp_path / "mlflow.db", experiment, seeds=10)
-    runs = module.read(mlflow, "align-ti", "terms")
-    families = {"all": Family(variants=[run.variant for run in runs[::10]], against=["iva0-tpa0-draws1"])}
-    comparison = compare("terms", runs, cells, families, 0.95)
+    recorded = runs.read(mlflow, "align-ti", "terms")
+    families = {"all": Family(variants=[run.variant for run in recorded[::10]], against=["iva0-tpa0-draws1"])}
+    comparison = compare("terms", recorded, cells, families, 0.95)
     report.write(comparison, "a thousand", 0.95)
     assert len(comparison.runs) == 1000 and not comparison.missing
     assert len(comparison.tests["all"]) == 99
@@ -227,8 +224,6 @@ def test_a_thousand_runs_are_compared(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
     """1,000 finished runs of 5 x 5 x 4 variants, straight into MLflow's tables."""
-    import sqlite3
-
     dice = random.Random(1)
     cells = []
     with sqlite3.connect(database) as connection:
@@ -255,33 +250,6 @@ def _fill(database: Path, experiment: str, seeds: int) -> list[str]:
                     [(k, v, key) for k, v in metrics.items()],
                 )
     return cells
-
-
-def test_arms_that_only_a_journal_holds_are_sent_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = load_settings().runtime.model_copy(update={"tracking_uri": "sqlite:///mlflow.db", "experiment": "align-ti"})
-    monkeypatch.chdir(tmp_path)
-    client("sqlite:///mlflow.db").create_experiment("align-ti")
-    tags = {"stage": "cell", "study": "terms", "cell": "kd-seed1", "variant": "kd"}
-    journal.record("cell-kd-seed1", "kd-seed1", runtime=runtime, tags=tags, params={"seed": 1}, metrics={SCORE: 0.5})
-    assert [run.cell for run in module.load_runs("sqlite:///mlflow.db", "align-ti", "terms")] == ["kd-seed1"]
-
-
-def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
-    with pytest.raises(InputError, match="tracking_uri is journal"):
-        module.load_runs("journal", "x", "terms")
-    with pytest.raises(TryAgainError, match="does not answer") as error:
-        module.load_runs("http://me:secret@127.0.0.1:9", "x", "terms")
-    assert "secret" not in str(error.value)
-
-
-def test_a_database_of_an_older_mlflow_is_told_with_the_remedy(tmp_path: Path) -> None:
-    opened = client(f"sqlite:///{tmp_path}/new.db")
-    opened.create_run(opened.create_experiment("x"))  # a database without runs would be made anew
-    shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
-    with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
-        database.execute("UPDATE alembic_version SET version_num = '75868b020152'")
-    with pytest.raises(TryAgainError, match=r"does not answer .*out-of-date database schema .*mlflow db upgrade"):
-        module.load_runs(f"sqlite:///{tmp_path}/old.db", "x", "terms")
 
 
 def test_levels_that_are_numbers_stand_in_their_order() -> None:

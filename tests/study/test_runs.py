@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from components.config.load import load_settings
+from components.errors import DataError, InputError, TryAgainError
+from components.study.compare import compare
+from components.study.runs import SCORE, load_runs, read_csv, write_csv
+from components.tracking import journal
+from components.tracking.mlflow_client import client
+from tests.study.test_compare import CELLS, FAMILIES, RUNS
+
+
+def test_arms_that_only_a_journal_holds_are_sent_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = load_settings().runtime.model_copy(update={"tracking_uri": "sqlite:///mlflow.db", "experiment": "align-ti"})
+    monkeypatch.chdir(tmp_path)
+    client("sqlite:///mlflow.db").create_experiment("align-ti")
+    tags = {"stage": "cell", "study": "terms", "cell": "kd-seed1", "variant": "kd"}
+    journal.record("cell-kd-seed1", "kd-seed1", runtime=runtime, tags=tags, params={"seed": 1}, metrics={SCORE: 0.5})
+    assert [run.cell for run in load_runs("sqlite:///mlflow.db", "align-ti", "terms")] == ["kd-seed1"]
+
+
+def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
+    with pytest.raises(InputError, match="tracking_uri is journal"):
+        load_runs("journal", "x", "terms")
+    with pytest.raises(TryAgainError, match="does not answer") as error:
+        load_runs("http://me:secret@127.0.0.1:9", "x", "terms")
+    assert "secret" not in str(error.value)
+
+
+def test_a_database_of_an_older_mlflow_is_told_with_the_remedy(tmp_path: Path) -> None:
+    opened = client(f"sqlite:///{tmp_path}/new.db")
+    opened.create_run(opened.create_experiment("x"))  # a database without runs would be made anew
+    shutil.copy(tmp_path / "new.db", tmp_path / "old.db")
+    with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '75868b020152'")
+    with pytest.raises(TryAgainError, match=r"does not answer .*out-of-date database schema .*mlflow db upgrade"):
+        load_runs(f"sqlite:///{tmp_path}/old.db", "x", "terms")
+
+
+def test_a_csv_of_runs_gives_the_comparison_again(tmp_path: Path) -> None:
+    path = tmp_path / "compare.csv"
+    write_csv(path, RUNS)
+    assert compare("terms", read_csv(path), CELLS, FAMILIES, 0.95) == compare("terms", RUNS, CELLS, FAMILIES, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("fingerprint", "print", "line 2: no fingerprint"),
+        ("0.49", "half", f"line 2: metrics.{SCORE}: Input should be a valid number"),
+        ("0.49", "nan", f"line 2: metrics.{SCORE}: Input should be a finite number"),
+        ("0.49", "", f"line 2: no metrics.{SCORE}"),
+        ("iva0-tpa0-1-0,", "", "line 2: more or fewer cells"),
+        ("iva0-tpa0-1-0", "\xff", "compare.csv: .*can't decode"),
+        ("iva0-tpa0-1-0", '"a"b', "line 2: .*expected after"),
+    ],
+)
+def test_a_csv_that_is_none_of_runs_is_refused_with_the_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "compare.csv"
+    write_csv(path, RUNS)
+    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode("latin-1"), 1))
+    with pytest.raises(DataError, match=message):
+        read_csv(path)
