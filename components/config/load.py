@@ -127,7 +127,7 @@ def _known_keys(keys: list[Any], file: str) -> list[str]:
         else:  # a loss term's block
             return [field.name for field in dataclasses.fields(terms.term_class(str(key)))]
     models = models_in(annotation)
-    term_names = terms.names() if any(issubclass(model, WithTerms) for model in models) else []
+    term_names = terms.names() if any(issubclass(model, WithTerms) for model in models) else ()
     return list(dict.fromkeys([*(name for model in models for name in model.model_fields), *term_names]))
 
 

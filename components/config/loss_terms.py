@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, ValidationError, create_model, model_validator
@@ -68,19 +69,25 @@ class WithTerms(Strict):
 def _check_options(name: str, block: Any) -> None:
     """Raises ValidationError if the term's dataclass has no such field, another type for it, or rejects the value."""
     term = terms.term_class(name)
-    hints = {**get_type_hints(term, include_extras=True), "divergence": Divergence | None}
-    options: dict[str, Any] = {
-        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
-        for field in dataclasses.fields(term)
-    }
     try:
-        term(**create_model(name, __base__=Strict, **options).model_validate(as_tuples(block)).model_dump())
+        term(**_options_model(term).model_validate(as_tuples(block)).model_dump())
     except ValidationError as error:
         *_, problem = error.errors()  # of a union the last, its most detailed form
         keys = tuple(part for part in problem["loc"] if not (isinstance(part, str) and re.search(r"\W", part)))  # of YAML
         raise validation_error(problem["type"], (name, *keys), problem["input"], problem.get("ctx", {})) from None
     except ValueError as error:
         raise validation_error("value_error", (name,), block, {"error": error}) from None
+
+
+@cache
+def _options_model(term: type) -> type[Strict]:
+    """Pydantic model of the dataclass."""
+    hints = {**get_type_hints(term, include_extras=True), "divergence": Divergence | None}
+    options: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(term)
+    }
+    return create_model(term.__name__, __base__=Strict, **options)
 
 
 def validation_error(kind: str, loc: tuple[int | str, ...], value: Any, ctx: dict[str, Any] | None = None) -> ValidationError:
