@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from components.errors import DataError
 from components.records.compare import Comparison
+from components.records.distill import Cost
 from components.records.evaluate import Prediction
 from components.records.record import Absent, jsonl, parsed, parsed_lines
 from components.records.teacher import TeacherChoice
@@ -36,6 +37,12 @@ def test_other_fields_are_refused(fields: dict[str, str], tmp_path: Path) -> Non
     (tmp_path / "choice.json").write_text(json.dumps(fields))
     with pytest.raises(DataError, match="is no TeacherChoice"):
         TeacherChoice.read(tmp_path / "choice.json")
+
+
+def test_a_cost_of_no_steps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cost.json").write_text('{"train_seconds": 1.0, "peak_memory_mib": 1.0, "device": "cpu", "steps": 0}')
+    with pytest.raises(DataError, match="is no Cost"):
+        Cost.read(tmp_path / "cost.json")
 
 
 def test_jsonl_is_one_line_a_record() -> None:

@@ -6,6 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+MIN_TEMPERATURE = 1e-6  # logits divided by much less overflow
+
+
+def _zero_or_temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise ValueError(f"must be 0 (greedy) or at least {MIN_TEMPERATURE}")
+    return value
+
 
 def _without_repeats(values: list[Any]) -> list[Any]:
     for value in values:
@@ -19,6 +27,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE)]
+SamplingTemperature = Annotated[float, Field(ge=0), AfterValidator(_zero_or_temperature)]
 Seed = Annotated[int, Field(ge=0, lt=2**43)]  # times 1,000,003 (distill/sampler.py) it fits torch's seed
 NonNegative = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]

@@ -97,7 +97,8 @@ def _format_problem(root: Path, problem: Any) -> str:
             message = f"takes a block of {', '.join(_known_keys(keys, file))}"
         elif problem["type"] == "dict_type":
             message = "takes a block of names and values"
-        message += f", not {'null' if problem['input'] is None else repr(problem['input'])}"
+        if problem["type"] != "value_error" or not isinstance(problem["input"], list):  # our sentence on a list quotes it
+            message += f", not {'null' if problem['input'] is None else repr(problem['input'])}"
         if problem["type"] == "string_type" and problem["input"] is not None:
             message += "; YAML takes it for that unless it stands in quotes"
         if problem["type"] == "float_type" and is_number(problem["input"]):

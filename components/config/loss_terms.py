@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, ValidationError, create_model, 
 from pydantic_core import InitErrorDetails
 
 from components.align_ti import terms
-from components.config.fields import NonNegative, PositiveFloat, Ratio, Strict
+from components.config.fields import NonNegative, Ratio, Strict, Temperature
 from components.errors import unknown
 
 
@@ -22,7 +22,7 @@ class Divergence(Strict):
 
     kind: Literal["forward", "reverse", "jsd", "skewed", "skewed_reverse", "argmax"]
     mix: Ratio
-    temperature: PositiveFloat
+    temperature: Temperature
 
     @model_validator(mode="after")
     def _check_mix(self) -> Self:

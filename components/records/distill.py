@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import PositiveInt
+
 from components.records.record import Record
 
 
@@ -12,7 +14,7 @@ class Cost(Record):
     step_seconds: float | None = None  # median over the steps, robust to other load on the machine; None: not recorded
     peak_memory_mib: float
     device: str
-    steps: int
+    steps: PositiveInt
 
     @property
     def seconds_per_step(self) -> float:

@@ -526,13 +526,20 @@ def test_compiled_layers_that_a_term_reads_inside_are_refused(root: Path, monkey
         ("evaluate", r"baselines: \[.*\]", "baselines: [kd, kd]", "baselines: kd stands more than once"),
         ("distill", "evidence: null", "evidence: {kinds: [blank, blank], share: 0.5}", "blank stands more than once"),
         ("distill", r"\bbatch_size: \d+", "batch_size: 1000000000", "less than or equal to 1048576"),
+        ("distill", r"draw_temperature: [\d.]+", "draw_temperature: 1.0e-38", "greater than or equal to 0.000001"),
+        (
+            "distill",
+            "teacher_answers: null",
+            "teacher_answers: {samples: 1, temperature: 1.0e-38, top_p: null, max_new_tokens: 9}",
+            "must be 0 (greedy) or at least 1e-06",
+        ),
     ],
 )
 def test_repeats_and_numbers_that_no_training_reaches_are_refused(
     root: Path, file: str, old: str, new: str, message: str
 ) -> None:
     put(root, file, old, new)
-    assert any(message in problem for problem in problems(root))
+    assert any(message in problem for problem in problems(root)) and "not [" not in str(problems(root))
 
 
 @pytest.mark.parametrize(
