@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders (readers see the old or the new version, never a partial one), and their digests."""
+"""Atomic writes of files and folders (readers see the old or the new version, never a partial one), digests, and pointers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import machine_error
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is the pointer that Git LFS leaves in place of one that was not downloaded."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from components.dataset import json_rows, parquet, tars
 from components.dataset.images import read
 from components.dataset.row import NumberedRow
 from components.errors import DataError, Refusal, TryAgainError
+from components.io import is_lfs_pointer
 
 HUB = "hf://datasets/"
 Place = list[Any]  # JSON: location of an image for `Store.image`
@@ -119,6 +120,8 @@ def matching_files(pattern: str) -> list[Path]:
         raise DataError(f"params/data.yaml: there is no file {pattern}{braces}")
     if odd := next((path for path in map(str, paths) if path.encode("utf-8", "ignore").decode() != path), None):
         raise DataError(f"params/data.yaml: rename a file of {pattern} whose name is no UTF-8: {odd!a}")
+    if pointer := next(filter(is_lfs_pointer, paths), None):
+        raise DataError(f"{pointer}: a pointer of Git LFS; `git lfs pull` in that folder brings the file")
     return paths
 
 

@@ -11,13 +11,12 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from components.errors import AlignTIError, ModelError, first_line, machine_error
-from components.io import sha256
+from components.io import is_lfs_pointer, sha256
 from components.records.models import ModelRecord
 from components.records.record import parsed
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # I64 and BOOL: buffers of old checkpoints
-POINTER = b"version https://git-lfs"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -90,7 +89,7 @@ def weight_files(path: Path) -> list[Path]:
                     f"{file}: {unsupported[0]}: weights are read in {', '.join(DTYPES)}; take an unquantised release"
                 )
         except (SafetensorError, OSError) as error:
-            if file.is_file() and file.open("rb").read(len(POINTER)) == POINTER:
+            if file.is_file() and is_lfs_pointer(file):
                 raise ModelError(f"{file}: a pointer of Git LFS; `git lfs pull` in that folder brings the weights") from None
             raise ModelError(f"{file}: missing or cut short ({error}); delete the folder and obtain it again") from None
     return files

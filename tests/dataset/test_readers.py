@@ -24,7 +24,7 @@ from PIL import Image
 from components.config.data import DataLimits, DataSettings, Mixture, MixtureSource
 from components.dataset import json_rows
 from components.dataset.prepare import prepare
-from components.dataset.readers import HUB, store
+from components.dataset.readers import HUB, READERS, store
 from components.dataset.shards import Samples
 from components.errors import DataError, Refusal, TryAgainError
 from components.records.dataset import Overlap, Sources
@@ -579,6 +579,13 @@ def test_a_file_that_is_no_rows_is_said_in_one_sentence(content: bytes, message:
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
+
+
+@pytest.mark.parametrize("ending", READERS)
+def test_a_pointer_of_git_lfs_is_told_with_the_remedy(ending: str, tmp_path: Path) -> None:
+    (tmp_path / f"rows{ending}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DataError, match=rf"rows{ending}: a pointer of Git LFS; `git lfs pull`"):
+        store(str(tmp_path / f"rows{ending}"), None)
 
 
 # --- files that cannot be used ----------------------------------------------------------------------------------------
