@@ -41,6 +41,7 @@ def rows(files: list[Path]) -> Iterator[NumberedRow]:
 def _in_group(path: Path, file: Any, group: int) -> Iterator[Any]:
     """Rows of a row group, some at a time, as their pictures may be read with them."""
     with _undamaged(path, group):
+        next(file.iter_batches(1, [group]), None)  # raises at a damaged footer, where `_leaves` would abort the process
         for batch in file.iter_batches(TOGETHER, [group], _leaves(file, group)):
             yield from _rows(batch)
 
@@ -106,16 +107,22 @@ def _bytes_leaves(file: Any) -> list[str]:
 
 def _leaves(file: Any, group: int) -> list[str]:
     """Columns to read: no `bytes` leaf without nulls, if its struct has another to show its own, as `path` in {bytes, path}."""
-    columns = {
-        leaf.path_in_schema: leaf.statistics for leaf in map(file.metadata.row_group(group).column, range(len(file.schema)))
-    }
-    without = [
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    left_out = {
         leaf
-        for leaf, its in columns.items()
-        if leaf in file.schema_arrow.names or not leaf.endswith(".bytes") or its is None or its.null_count != 0
-    ]
-    seen = {leaf.split(".")[0] for leaf in without}
-    return [leaf for leaf in columns if leaf in without or leaf.split(".")[0] not in seen]
+        for i, leaf in enumerate(leaves)
+        if leaf not in file.schema_arrow.names and leaf.endswith(".bytes") and _is_full(file, group, i)
+    }
+    shown = {leaf.split(".")[0] for leaf in leaves if leaf not in left_out}
+    return [leaf for leaf in leaves if leaf not in left_out or leaf.split(".")[0] not in shown]
+
+
+def _is_full(file: Any, group: int, leaf: int) -> bool:
+    """Whether a column of bytes is known to have no nulls. Arrow aborts the process at damaged statistics of other types."""
+    chunk = file.metadata.row_group(group).column(leaf)
+    if not chunk.physical_type == file.schema.column(leaf).physical_type == "BYTE_ARRAY":
+        return False
+    return chunk.statistics is not None and chunk.statistics.null_count == 0
 
 
 def _opened(path: Path) -> Any:

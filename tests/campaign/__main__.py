@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -17,9 +16,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,13 @@ class Bench:
     @cached_property
     def server(self) -> str:
         return self._stack.enter_context(trackers.mlflow(self._folder / "mlflow"))
+
+    @cached_property
+    def reader(self) -> ProcessPoolExecutor:
+        """A process that reads bad input, as native code may abort it."""
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=bad_input.discard_progress)
+        self._stack.callback(pool.shutdown)
+        return pool
 
     @cached_property
     def up(self) -> dict[str, servers.Server]:
@@ -132,22 +141,12 @@ def _run_one(kind: str, seed: str, folder: Path, bench: Bench) -> dict[str, Any]
             shutil.rmtree(cwd, ignore_errors=True)
         else:
             cwd.mkdir()
-            with _quiet():
-                fault = bad_input.run_try(kind, seed, cwd)
+            try:
+                fault = bench.reader.submit(bad_input.run_try, kind, seed, cwd).result()
+            except BrokenProcessPool:
+                fault = "the process died"
+                del bench.reader
     return {"kind": kind, "seed": seed, "did": did, "wrong": fault, "untried": untried}
-
-
-@contextmanager
-def _quiet() -> Any:
-    """Discard the progress bars of the code under test."""
-    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(devnull)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Bad input: whatever is damaged, a sentence and exit code 2 (or a quarantined row), never a traceback, a hang, a stray file.
 
-Each kind takes something good, damages it and hands it to the code that reads it, in this process: an `AlignTIError` or a
-result is right, anything else is a fault.
+Each kind takes something good, damages it and hands it to the code that reads it, in a process of its own: an
+`AlignTIError` or a result is right, anything else is a fault.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import random
 import signal
 import subprocess
@@ -124,6 +125,11 @@ def arguments(rng: random.Random, cwd: Path) -> object:
 
 
 KINDS: dict[str, Try] = {"params": params, "recipe": recipe, "rows": rows, "arguments": arguments}
+
+
+def discard_progress() -> None:
+    """Discard what this process writes to stderr: the progress bars of the code under test."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def run_try(kind: str, seed: str, cwd: Path) -> str | None:

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -713,6 +715,33 @@ def test_a_parquet_file_whose_columns_have_damaged_names_is_an_error(tmp_path: P
     path.write_bytes(path.read_bytes().replace(b"conversations", b"\xe3onversations"))
     with pytest.raises(DataError, match=r"1\.parquet is no Parquet file, or is cut off.*fetch it again"):
         prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
+
+
+READ_DAMAGED = """
+import sys
+from pathlib import Path
+from components.dataset.readers import store
+from components.errors import DataError
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+refused = 0
+for at in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole)):
+    for byte in (0, 9, 21, 38):
+        path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+        try:
+            list(store(str(path), None).rows())
+        except DataError:
+            refused += 1
+print(refused)
+"""
+
+
+def test_a_parquet_file_with_a_damaged_footer_never_aborts_the_process(tmp_path: Path) -> None:
+    pictures = [{"bytes": b"x", "path": "p"}, {"bytes": b"y", "path": None}]
+    pq.write_table(pa.table({"n": [1, None], "text": [["q"], ["r", "s"]], "image": pictures}), tmp_path / "rows.parquet")
+    read = subprocess.run([sys.executable, "-c", READ_DAMAGED, tmp_path / "rows.parquet"], capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr
+    assert int(read.stdout) > 100
 
 
 @pytest.mark.parametrize(
