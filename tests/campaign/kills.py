@@ -144,12 +144,13 @@ def _written(cwd: Path, file_kind: str) -> set[tuple[str, int]]:
 
 def find_fault(baseline: Baseline, command: list[str], cwd: Path, environment: Mapping[str, str] = {}) -> str | None:
     """The fault of a disturbed run: processes, bytes and drafts, after the same command has run again; or None."""
-    left = processes_in(cwd)
-    if left:
+    if left := processes_in(cwd):
+        commands = []
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
+                commands.append(f"{' '.join(process.cmdline()[:6])} ({process.status()})")
                 process.kill()
-        return f"left running: {[' '.join(process.cmdline()[:4]) for process in left if process.is_running()]}"
+        return f"left running: {commands}"
     rerun = execute(command, cwd, environment)
     if rerun.returncode:
         return f"the same command again exits with {rerun.returncode}: {(rerun.stdout + rerun.stderr)[-600:]}"
