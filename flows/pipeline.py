@@ -173,6 +173,7 @@ def end_with_worker() -> None:
         heartbeat.outlive_output()
         terminate_once_with_parent()
     heartbeat.announce(str(flow_run.id))
+    servers.end_temporary_prefect()
 
 
 def tag(*names: str | None) -> None:

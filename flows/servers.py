@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 STARTUP_S = 180  # timeout: migrations of a first start, on a busy machine
 GRACE_S = 10  # between SIGTERM and SIGKILL of a server
 PORTS: dict[Name, int] = {"mlflow": 5000, "prefect": 4200}
+PREFECT_APP = "prefect.server.api.server:create_app"  # in the command line of Prefect's temporary server
 HEALTH: dict[Name, str] = {"mlflow": "/health", "prefect": "/api/health"}
+
+_waiting: list[subprocess.Popen[bytes]] = []  # whose pipes are open until this process ends
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,17 @@ def prefect_failures() -> Iterator[None]:
             f"Prefect's server failed this flow ({type(error).__name__}: {first_line(error)}); what its stages made stands, so"
             " run the same command to go on"
         ) from None
+
+
+def end_temporary_prefect() -> None:
+    """End the server that Prefect started for this flow, if it did, with this process, in whatever way that ends.
+
+    `sh` waits for the end of a pipe that this process alone holds.
+    """
+    for child in psutil.Process().children():
+        if PREFECT_APP in child.cmdline():
+            command = ["sh", "-c", f"read -r _; kill {child.pid}"]
+            _waiting.append(subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True))
 
 
 def use_running() -> None:

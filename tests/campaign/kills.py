@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ COMMANDS = {
     "flow": [sys.executable, "-m", "flows.pipeline", "--parallel", "2"],
 }
 WEIGHTS = [2, 2, 1]  # of the commands: a flow starts a server first
-START_S = 20  # at most, before a first stage begins
+START_S = 10  # before a first stage begins
 WRITES = {
     "dvc.lock": ["dvc.lock"],
     "DVC's cache": [".dvc/cache/files/md5/*/*"],
@@ -94,11 +95,11 @@ def kill(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
     """A description of the try, and its fault afterwards or None."""
     rng = random.Random(seed)
     (command,), number = rng.choices(list(COMMANDS), WEIGHTS), rng.choice(list(SIGNALS))
-    victim, stages = rng.choice([*VICTIMS, "all"]), some_stages(baseline, rng)
+    stages = some_stages(baseline, rng)
     baseline.copy_without(stages, cwd)
     process = start(COMMANDS[command], cwd)
     when = wait(process, sum(baseline.seconds[stage] for stage in stages), cwd, rng)
-    procs = _victims(process, victim, rng)
+    victim, procs = _victims(process, rng)
     for proc in procs:
         with contextlib.suppress(psutil.NoSuchProcess):
             proc.send_signal(SIGNALS[number])
@@ -167,19 +168,19 @@ def find_fault(baseline: Baseline, command: list[str], cwd: Path, environment: M
     return f"drafts are left: {sorted(str(path.relative_to(cwd)) for path in drafts)[:5]}" if drafts else None
 
 
-def _victims(process: subprocess.Popen[bytes], victim: str, rng: random.Random) -> list[psutil.Process]:
-    try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-    if victim == "all":
-        return family
-    named = []
+def _victims(process: subprocess.Popen[bytes], rng: random.Random) -> tuple[str, list[psutil.Process]]:
+    """One process of a kind that runs now, or all. Raises RuntimeError if the command has ended."""
+    if process.poll() is not None:
+        raise RuntimeError(f"the command had ended, with exit code {process.returncode}")
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    running = defaultdict(list, all=family)
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if VICTIMS[victim] in " ".join(member.cmdline()[1:4]):
-                named.append(member)
-    return [rng.choice(named)] if named else []
+            for kind, word in VICTIMS.items():
+                if word in " ".join(member.cmdline()[1:4]):
+                    running[kind].append(member)
+    victim = rng.choice(list(running))
+    return victim, family if victim == "all" else [rng.choice(running[victim])]
 
 
 def processes_in(cwd: Path, within_s: float = ENDING_S) -> list[psutil.Process]:

@@ -154,6 +154,22 @@ class Healthy(BaseHTTPRequestHandler):
         """Quiet."""
 
 
+def test_the_temporary_server_of_a_killed_flow_ends_with_it(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time\nfrom flows import servers\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', servers.PREFECT_APP]).pid)\n"
+        "time.sleep(0.2)\nservers.end_temporary_prefect()\nprint(flush=True)\ntime.sleep(60)"
+    )
+    flow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert flow.stdout is not None
+    server = psutil.Process(int(flow.stdout.readline()))
+    flow.stdout.readline()
+    assert server.status() != psutil.STATUS_ZOMBIE
+    flow.kill()
+    flow.wait()
+    server.wait(20)
+
+
 def test_a_pid_that_another_process_has_now_is_left_alone(cwd: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
