@@ -285,8 +285,9 @@ def open_shard(path: Path) -> pa.Table:
 
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowException) as error:
+        names = table.schema.names
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a damaged name
         raise DataError(f"{path}: {error}; {ANEW}") from None
     if table.schema not in [schema(boxes, several) for boxes in (False, True) for several in (False, True)]:
-        raise DataError(f"{path}: its columns are {', '.join(table.schema.names)}; {ANEW}")
+        raise DataError(f"{path}: its columns are {', '.join(names)}; {ANEW}")
     return table

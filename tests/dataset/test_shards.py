@@ -210,6 +210,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "garbage": lambda path: path.write_bytes(b"no arrow" * 50),
+    "a column's name": lambda path: path.write_bytes(path.read_bytes().replace(b"image_id", b"image_i\xff")),
     "another shard": lambda path: shutil.copy(path.with_name("shard-00000.arrow"), path),
     "other columns": other_columns,
 }
