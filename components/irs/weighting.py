@@ -7,12 +7,13 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from components.errors import DataError
 from components.io import write_bytes
-from components.records.irs import LayerChoice, Rows
+from components.records.irs import LayerChoice, Picked, Rows
 from components.records.paths import IRS
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 
     the search found none, which no trained arm then reads (`layer_search_result` in distill.assemble). `depth`, the number of
     layers of the live teacher, and the arm's `seed` serve `layer: middle | last | random`.
 
-    Raises DataError if the selected weighting is centred and the background file is missing.
+    Raises DataError if the selected weighting is centred and the background file is missing or damaged.
     """
     if iva.weighting == "layer":
         assert iva.layer is not None  # settings guarantee it
@@ -56,9 +57,16 @@ def weighting(iva: Iva, choice: LayerChoice | None, depth: int = 1, seed: int = 
     picked = choice.picked
     if picked.weighting == "mean":
         return Weighting(picked.layer, picked.rows)
+    return Weighting(picked.layer, picked.rows, _background(picked))
+
+
+def _background(picked: Picked) -> Tensor:
     if not BACKGROUND.is_file():
         raise DataError(f"{BACKGROUND} is missing; `dvc repro search_layer` makes it")
-    return Weighting(picked.layer, picked.rows, load_file(BACKGROUND)[picked.rows][picked.layer])
+    try:
+        return load_file(BACKGROUND)[picked.rows][picked.layer]
+    except (SafetensorError, KeyError, IndexError) as error:
+        raise DataError(f"{BACKGROUND} is damaged ({error}); delete it, and `dvc repro search_layer` makes it anew") from None
 
 
 def save_backgrounds(backgrounds: dict[Rows, Tensor]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from components.align_ti.visual_weights import visual_weights
 from components.config.distill import Iva
@@ -98,6 +98,10 @@ def test_what_weighs_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.M
     assert (searched.layer, searched.rows) == (0, "words") and searched.background is not None
     assert torch.equal(searched.background, backgrounds["words"][0])
     assert searched.digest is not None and searched.digest != Weighting(0, "words", backgrounds["all"][0]).digest
+    for content in (save({"all": backgrounds["all"]}), save({"words": torch.zeros(0)}), b"noise"):
+        BACKGROUND.write_bytes(content)
+        with pytest.raises(DataError, match=r"background.safetensors is damaged .*delete it"):
+            weighting(iva("searched"), choice)
 
 
 def test_the_live_teachers_weights_are_those_of_eager_maps() -> None:
