@@ -49,14 +49,15 @@ def back_up() -> None:
 def restore_backup() -> bool:
     """Replace a broken dvc.lock by its backup; false if there was no need. The caller holds DVC's lock. A file with conflict
     markers stays."""
-    if not BACKUP.exists() or not LOCK.exists() or b"<<<<<<<" in LOCK.read_bytes() or _is_valid(LOCK):
+    if not BACKUP.exists() or not LOCK.exists() or b"<<<<<<<" in LOCK.read_bytes() or is_whole(LOCK):
         return False
     write_bytes(LOCK, BACKUP.read_bytes())
     print("dvc.lock was cut off as DVC wrote it, and is again that from before: DVC's cache has what ran since", flush=True)
     return True
 
 
-def _is_valid(lock: Path) -> bool:
+def is_whole(lock: Path) -> bool:
+    """Whether DVC reads this dvc.lock."""
     from dvc.dvcfile import Lockfile
     from dvc.utils.serialize import ParseError
     from dvc.utils.strictyaml import YAMLValidationError, load

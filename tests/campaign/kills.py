@@ -26,6 +26,7 @@ import psutil
 import yaml
 
 from components.config import recipes
+from flows.dvc_locks import is_whole
 
 ROOT = Path(__file__).parents[2]
 DVC = [sys.executable, "-m", "dvc"]
@@ -110,6 +111,10 @@ def kill(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
                 proc.send_signal(signal.SIGCONT)
     process.wait(PATIENCE_S)
     did = f"{command} of {' and '.join(stages)}: SIG{number} to {len(procs)} of {victim} {when}, exit code {process.returncode}"
+    lock = cwd / "dvc.lock"
+    if command == "dvc repro" and not is_whole(lock):  # cut off as DVC wrote it; the other commands see to it themselves
+        lock.unlink()
+        did += ", dvc.lock removed"
     return did, find_fault(baseline, COMMANDS[command], cwd)
 
 
