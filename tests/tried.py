@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from components.dataset.shards import Sample, Samples
+from components.io import sha256
 from components.records.dataset import Manifest
 from components.records.paths import DATASET
 from components.records.rows import TriedRows
@@ -21,4 +22,5 @@ def keep_all(dataset: Path = DATASET, tokens: Callable[[Sample], int] = lambda _
     for split in manifest.splits:
         verdict = [(len(sample.turns), tokens(sample), 0) for sample in Samples(dataset, split, check=False)]
         np.save(target / f"{split}.npy", np.array(verdict, dtype=VERDICT))
-    TriedRows(digest=manifest.digest, max_length=0, tried_with=[], splits={}).write(target / "rows.json")
+    hashes = {split: sha256([target / f"{split}.npy"]) for split in manifest.splits}
+    TriedRows(digest=manifest.digest, max_length=0, tried_with=[], splits={}, sha256=hashes).write(target / "rows.json")

@@ -178,9 +178,10 @@ LICENCES = dict.fromkeys([*MODELS, *LANGUAGE_MODELS, *TOWERS], "Apache 2.0") | {
 
 def load_shape(folder: Path) -> Model | None:
     """Shape from the folder's config.json; None for an unsupported family."""
-    from transformers import AutoConfig
+    from components.models.checkpoint_folder import as_model_error, config_of
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with as_model_error(f"{folder}: its config.json cannot be read"):
+        config = config_of(folder)
     vision: Any = getattr(config, "vision_config", None)
     build: Any = {
         "llava": llava,

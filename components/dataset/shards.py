@@ -131,7 +131,7 @@ class Samples(Sequence[Sample]):
         counts = pc.list_value_length(self._table.column("samples")).to_numpy()
         if (len(counts), int(counts.sum())) != (self.record.images, self.record.samples):
             raise DataError(f"{dataset / split}: shards do not hold what the manifest says; {ANEW}")
-        self._verdicts = None if tried is None else self._read_verdicts(tried)
+        self._verdicts = None if tried is None else self._read_verdicts(tried, check)
         usable = np.ones(int(counts.sum()), dtype=bool) if self._verdicts is None else self._verdicts["turns"] > 0
         rows = np.repeat(np.arange(len(counts)), counts)
         self._stored = np.flatnonzero(usable)  # sample index -> index among all stored samples
@@ -146,13 +146,17 @@ class Samples(Sequence[Sample]):
         """Pickle by path: a loader's worker opens the files itself, without checking hashes again."""
         return Samples, (self._dataset, self._split, self._tried, False)
 
-    def _read_verdicts(self, tried: Path) -> np.ndarray:
+    def _read_verdicts(self, tried: Path, check: bool) -> np.ndarray:
         tried_rows = TriedRows.read(tried / "rows.json")
         if tried_rows.digest != self.manifest.digest:
             raise DataError(f"{tried} is of another data set than {self._dataset}; `dvc repro check_rows` makes it anew")
-        verdict = np.load(tried / f"{self._split}.npy", mmap_mode="r")
-        if len(verdict) != self.record.samples:
-            raise DataError(f"{tried / self._split}.npy is of {len(verdict):,} samples; `dvc repro check_rows` makes it anew")
+        path = tried / f"{self._split}.npy"
+        try:
+            if check and sha256([path]) != tried_rows.sha256.get(self._split):
+                raise DataError(f"{path} has changed since it was written; `dvc repro check_rows` makes it anew")
+            verdict = np.load(path, mmap_mode="r")
+        except OSError as error:
+            raise DataError(f"{path}: {error}; `dvc repro check_rows` makes it anew") from None
         return verdict
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]

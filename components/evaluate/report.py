@@ -196,9 +196,10 @@ def _inline(cell: Cell) -> str:
 
 
 def _picture(light: bytes, dark: bytes) -> Picture:
+    uris = data_uri(light), data_uri(dark)  # raises if one does not decode
     with Image.open(io.BytesIO(light)) as image:
         width = round(image.width * CSS_PX_PER_INCH / DPI)
-    return Picture(data_uri(light), data_uri(dark), width)
+    return Picture(*uris, width)
 
 
 def _load_picture(path: Path) -> Picture:

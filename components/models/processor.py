@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from components.errors import ModelError, first_line
 from components.io import write_text
+from components.models.checkpoint_folder import LOCAL, as_model_error, config_of
 
 VIDEO_FILE = "video_preprocessor_config.json"
 
@@ -21,11 +21,9 @@ def load_processor(path: Path) -> Any:
     """Processor of a folder, padding on the right. Raises ModelError if it cannot be read."""
     from transformers import AutoProcessor
 
-    try:
+    with as_model_error(f"{path}: no usable processor"):
         processor_class = _without_video(path) or AutoProcessor
-        processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{path}: no usable processor: {first_line(error)}") from None
+        processor: Any = processor_class.from_pretrained(path, **LOCAL)
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "right"
     return processor
@@ -33,11 +31,9 @@ def load_processor(path: Path) -> Any:
 
 def _without_video(path: Path) -> Any:
     """Processor class without its video part; None if it has no video part."""
-    from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
+    processor_class: Any = PROCESSOR_MAPPING.get(type(config_of(path)), None)
     if processor_class is None or "video_processor" not in processor_class.get_attributes():
         return None
     return images_only(processor_class, _video_part(path))

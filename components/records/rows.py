@@ -24,3 +24,4 @@ class TriedRows(Record):
     max_length: int
     tried_with: list[str]  # models, one for each distinct encoding
     splits: dict[Split, TriedSplit]
+    sha256: dict[Split, str]  # of SPLIT.npy

@@ -15,6 +15,7 @@ from components.config.names import HUB_ID
 from components.config.settings import Settings
 from components.errors import InputError, ModelError, unknown
 from components.evaluate.__main__ import model_of
+from components.models.checkpoint_folder import as_model_error
 from components.models.download import snapshot
 from components.models.load import Loaded, check_images, load
 from components.models.processor import load_processor
@@ -73,13 +74,11 @@ def _load_merged(path: Path, device: torch.device | str) -> Loaded:
         raise ModelError(f"{path}: no adapter_model.safetensors; pickled adapters are not read, since that can run code")
     base = base_folder(path)
     loaded = load(base, device)
-    try:
+    with as_model_error(f"{path}: adapters that do not fit {base}"):
         adapted: Any = PeftModel.from_pretrained(loaded.model, str(path))
         if unread := _unread_tensors(adapted, path / "adapter_model.safetensors"):
             raise ValueError(f"{len(unread)} tensors belong to no part of it, such as {unread[0]}")
         model = adapted.merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: adapters that do not fit {base}: {' '.join(str(error).split())[:200]}") from None
     has_processor = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     return Loaded(model.eval(), load_processor(path) if has_processor else loaded.processor)
 

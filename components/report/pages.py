@@ -28,7 +28,7 @@ def data_uri(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             kind = Image.MIME[str(image.format)]
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise DataError(f"an image of the report does not decode: {error}; `dvc repro` makes it anew") from None
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 

@@ -33,7 +33,7 @@ def closing_line(result: TriedRows) -> str:
         sum(getattr(split, field) for split in result.splits.values())
         for field in ("usable", "cut", "resized", "tokens", "response_tokens")
     )
-    dropped = left_out(result)
+    dropped = left_out(result.splits)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
     return (
         f"check_rows: {usable:,} samples usable, {cut:,} of them cut, {resized:,} with a stretched image; {dropped.total():,}"

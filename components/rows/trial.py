@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from components.config.models import ModelsSettings
 from components.config.settings import Settings
 from components.dataset.shards import Samples
 from components.errors import DataError
-from components.io import draft_of, fingerprint, whole_folder, write_text
+from components.io import draft_of, fingerprint, sha256, whole_folder, write_text
 from components.process import shared_out
 from components.records.dataset import Manifest
 from components.records.models import ModelIndex
@@ -45,18 +45,20 @@ def try_rows(
     draft = RUNS / "check_rows" / fingerprint(inputs, ["rows", "models"])
     _run_missing_jobs(dataset, manifest, folders, settings.models, draft, workers)
     verdicts = {split: np.concatenate([np.load(part) for part in _parts(draft, split)]) for split in SPLITS}
-    result = TriedRows(
-        digest=manifest.digest,
-        max_length=settings.models.max_length,
-        tried_with=[folder.name for folder in folders],
-        splits={split: _count(verdicts[split], _read_issues(draft, split)) for split in SPLITS},
-    )
-    _accept(result, draft, settings.data.limits.max_bad_ratio)
+    counts = {split: _count(verdicts[split], _read_issues(draft, split)) for split in SPLITS}
+    _accept(counts, draft, settings.data.limits.max_bad_ratio)
     with whole_folder(target) as folder:
         for split, verdict in verdicts.items():
             np.save(folder / f"{split}.npy", verdict)
         with (folder / "remarks.jsonl").open("wb") as file:
             file.writelines(part.with_suffix(".jsonl").read_bytes() for split in SPLITS for part in _parts(draft, split))
+        result = TriedRows(
+            digest=manifest.digest,
+            max_length=settings.models.max_length,
+            tried_with=[folder.name for folder in folders],
+            splits=counts,
+            sha256={split: sha256([folder / f"{split}.npy"]) for split in SPLITS},
+        )
         result.write(folder / "rows.json")
     shutil.rmtree(draft.parent)
     return result
@@ -134,13 +136,13 @@ def _count(verdict: np.ndarray, issues: Iterable[Issue]) -> TriedSplit:
     )
 
 
-def left_out(result: TriedRows) -> Counter[str]:
+def left_out(splits: Mapping[Split, TriedSplit]) -> Counter[str]:
     """Number of excluded samples by reason."""
-    return sum((Counter(split.left_out) for split in result.splits.values()), Counter())
+    return sum((Counter(split.left_out) for split in splits.values()), Counter())
 
 
-def _accept(result: TriedRows, draft: Path, max_bad_ratio: float) -> None:
-    samples, dropped = sum(split.samples for split in result.splits.values()), left_out(result)
+def _accept(splits: Mapping[Split, TriedSplit], draft: Path, max_bad_ratio: float) -> None:
+    samples, dropped = sum(counts.samples for counts in splits.values()), left_out(splits)
     issues_file = RUNS / "check_rows" / "remarks.jsonl"
     if dropped.total() > max_bad_ratio * samples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
@@ -148,7 +150,7 @@ def _accept(result: TriedRows, draft: Path, max_bad_ratio: float) -> None:
             f"{dropped.total():,} of {samples:,} samples cannot be trained on, more than limits.max_bad_ratio = {max_bad_ratio}"
             f" of params/data.yaml allows: {reasons}; each and its reason is in {issues_file}"
         )
-    elif empty := [split for split, counts in result.splits.items() if not counts.usable]:
+    elif empty := [split for split, counts in splits.items() if not counts.usable]:
         problem = f"no sample of {' and '.join(empty)} can be used; the reasons are in {issues_file}"
     else:
         return

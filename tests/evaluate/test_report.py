@@ -149,6 +149,15 @@ def test_a_caption_stands_under_a_picture(finished: Finished, outcomes: Outcomes
     assert "One image, two instructions" not in page(rendered(finished, outcomes)).text
 
 
+def test_a_damaged_picture_of_an_earlier_stage_is_told(finished: Finished, outcomes: Outcomes) -> None:
+    picture = finished.root / "reports/irs/overlay_1.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"noise")
+    with pytest.raises(DataError, match="does not decode"):
+        rendered(finished, outcomes)
+    picture.write_bytes(whole)
+
+
 def test_the_page_says_what_it_compares(finished: Finished) -> None:
     text = page((finished.root / "reports/report.html").read_text(encoding="utf-8")).text
     for fact in (

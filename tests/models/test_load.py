@@ -52,6 +52,10 @@ def test_record_counts_what_lies_there(good: Path) -> None:
     assert entry.size_bytes == sum(f.stat().st_size for f in good.iterdir())
 
 
+def replace_in(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -65,6 +69,7 @@ def test_record_counts_what_lies_there(good: Path) -> None:
         (lambda f: (f / INDEX).write_text('{"weight_map": ["a"]}'), "of no weights where they are"),
         (lambda f: (f / "processor_config.json").write_text("{"), "no usable processor"),
         (lambda f: (f / "tokenizer.json").unlink(), "processor"),
+        (lambda f: replace_in(f / "tokenizer.json", '"vocab": {', '"vocab": {"x": {}, '), "no usable processor"),
     ],
     ids=[
         "no config",
@@ -77,6 +82,7 @@ def test_record_counts_what_lies_there(good: Path) -> None:
         "no map",
         "broken processor",
         "no tokenizer",
+        "broken tokenizer",
     ],
 )
 def test_damaged_folders_are_refused(folder: Path, damage, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,14 @@ def test_verdicts_of_another_data_set_are_refused(root: Path) -> None:
         Samples(other, "train", root / "rows")
     with pytest.raises(DataError, match="is missing"):
         Samples(other, "train", root / "nowhere")
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
+def test_damaged_verdicts_are_refused(root: Path, damage: Callable[[Path], object]) -> None:
+    tried(root)
+    damage(root / "rows/train.npy")
+    with pytest.raises(DataError, match=r"train\.npy.*`dvc repro check_rows` makes it anew"):
+        Samples(root / "dataset", "train", root / "rows")
 
 
 def test_more_than_may_be_bad_stops_the_stage_and_leaves_the_list(root: Path) -> None:
