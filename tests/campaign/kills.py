@@ -45,6 +45,7 @@ WRITES = {
 }
 VICTIMS = {"stage": "components.", "DVC": "dvc", "flow": "flows.", "sender": "mlflow_sync"}
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
+MOST_KILLS = 3  # of one command
 STOPPED_S = 10
 PATIENCE_S = 900
 ENDING_S = 120
@@ -93,13 +94,29 @@ def hashes(cwd: Path) -> dict[str, str]:
 
 
 def kill(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
-    """A description of the try, and its fault afterwards or None."""
+    """A description of up to MOST_KILLS of one command, run again after each, and the fault afterwards or None."""
     rng = random.Random(seed)
-    (command,), number = rng.choices(list(COMMANDS), WEIGHTS), rng.choice(list(SIGNALS))
+    (command,) = rng.choices(list(COMMANDS), WEIGHTS)
     stages = some_stages(baseline, rng)
     baseline.copy_without(stages, cwd)
-    process = start(COMMANDS[command], cwd)
-    when = wait(process, sum(baseline.seconds[stage] for stage in stages), cwd, rng)
+    kills: list[str] = []
+    for _ in range(MOST_KILLS):
+        process = start(COMMANDS[command], cwd)
+        when = wait(process, sum(baseline.seconds[stage] for stage in stages), cwd, rng)
+        if process.poll() is not None:
+            break
+        kills.append(f"{_disturb(process, rng)} {when}, exit code {process.wait(PATIENCE_S)}")
+        if command == "dvc repro" and not is_whole(cwd / "dvc.lock"):  # the other commands see to it themselves
+            (cwd / "dvc.lock").unlink()
+            kills.append("dvc.lock removed")
+    if not kills:
+        raise RuntimeError(f"{command} of {' and '.join(stages)} had ended, with exit code {process.returncode}")
+    return f"{command} of {' and '.join(stages)}: {'; '.join(kills)}", find_fault(baseline, COMMANDS[command], cwd)
+
+
+def _disturb(process: subprocess.Popen[bytes], rng: random.Random) -> str:
+    """Signal one process of a kind that runs now, or all; returns a description."""
+    number = rng.choice(list(SIGNALS))
     victim, procs = _victims(process, rng)
     for proc in procs:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -109,13 +126,7 @@ def kill(baseline: Baseline, seed: str, cwd: Path) -> tuple[str, str | None]:
         for proc in procs:
             with contextlib.suppress(psutil.NoSuchProcess):
                 proc.send_signal(signal.SIGCONT)
-    process.wait(PATIENCE_S)
-    did = f"{command} of {' and '.join(stages)}: SIG{number} to {len(procs)} of {victim} {when}, exit code {process.returncode}"
-    lock = cwd / "dvc.lock"
-    if command == "dvc repro" and not is_whole(lock):  # cut off as DVC wrote it; the other commands see to it themselves
-        lock.unlink()
-        did += ", dvc.lock removed"
-    return did, find_fault(baseline, COMMANDS[command], cwd)
+    return f"SIG{number} to {len(procs)} of {victim}"
 
 
 def some_stages(baseline: Baseline, rng: random.Random) -> list[str]:
@@ -174,9 +185,6 @@ def find_fault(baseline: Baseline, command: list[str], cwd: Path, environment: M
 
 
 def _victims(process: subprocess.Popen[bytes], rng: random.Random) -> tuple[str, list[psutil.Process]]:
-    """One process of a kind that runs now, or all. Raises RuntimeError if the command has ended."""
-    if process.poll() is not None:
-        raise RuntimeError(f"the command had ended, with exit code {process.returncode}")
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     running = defaultdict(list, all=family)
     for member in family:
