@@ -93,7 +93,8 @@ def compare(
     """
     latest = {run.cell: run for run in sorted(runs, key=lambda run: run.started) if run.cell in set(cells)}
     if not latest:
-        raise DataError(f"no cell of study {study} has been run; `alignti study run {study}` runs them")
+        others = f" ({abbreviate([run.cell for run in runs])} are of another)" if runs else ""
+        raise DataError(f"no cell of study {study} has been run{others}; `alignti study run {study}` runs them")
     chosen = [latest[cell] for cell in cells if cell in latest]
     check_fingerprints(chosen)
     by_variant: dict[str, list[Run]] = defaultdict(list)

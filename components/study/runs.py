@@ -110,7 +110,7 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
 
 def read_csv(path: Path) -> list[Run]:
     """Runs as `write_csv` wrote them, in the file's order. Raises DataError, with the line, if it did not."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have begun it with a byte order mark
         reader, runs = csv.DictReader(file, strict=True), []
         try:
             for row in reader:

@@ -152,6 +152,8 @@ def test_scores_that_were_not_measured_alike_are_refused(fingerprint: str, messa
 def test_a_study_that_has_not_run_is_told_how_to() -> None:
     with pytest.raises(DataError, match="alignti study run terms"):
         result([])
+    with pytest.raises(DataError, match=r"has been run \(iva0-tpa0-seed1, .* and 9 more are of another\)"):
+        result(RUNS, ["kd-seed1"])
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))

@@ -46,6 +46,7 @@ def test_a_database_of_an_older_mlflow_is_told_with_the_remedy(tmp_path: Path) -
 def test_a_csv_of_runs_gives_the_comparison_again(tmp_path: Path) -> None:
     path = tmp_path / "compare.csv"
     write_csv(path, RUNS)
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as spreadsheets do
     assert compare("terms", read_csv(path), CELLS, FAMILIES, 0.95) == compare("terms", RUNS, CELLS, FAMILIES, 0.95)
 
 
