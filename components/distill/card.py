@@ -103,7 +103,7 @@ def _data_title_and_licence(card: Path, manifest: Manifest) -> tuple[str, str]:
     """Title and licence from the data card."""
     if not card.is_file():
         return manifest.source, NOT_STATED
-    text = card.read_text(encoding="utf-8")
+    text = card.read_text(encoding="utf-8", errors="replace")
     licence = text.partition("## Licence\n")[2].partition("\n## ")[0].strip()
     return text.partition("\n")[0].removeprefix("# "), licence or NOT_STATED
 

@@ -15,6 +15,7 @@ from components.records.compare import ArmResult, Comparison
 from components.records.dataset import Manifest
 from components.records.distill import Cost
 from components.records.paths import DATASET, REPORTS, STUDENTS
+from components.records.record import content
 from components.report import markdown as md
 from components.tracking import history, provenance
 from components.tracking.system_metrics import CPU_WH, GPU_WH
@@ -29,7 +30,7 @@ def full_card(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
     Raises DataError if a record of the arm is missing or unreadable.
     """
     student_folder = STUDENTS / arm
-    text = (student_folder / "model/README.md").read_text(encoding="utf-8")
+    text = content(student_folder / "model/README.md").decode("utf-8", "replace")
     text = text.replace(f'"{(student_folder / "model").as_posix()}"', f'"{folder.name}"')
     scores, front_matter, missing_scores = _scores(arm)
     md5 = provenance.digest(student_folder).md5

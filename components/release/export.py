@@ -182,7 +182,7 @@ def _check_same_weights(saved: Any, reloaded: Any, folder: Path) -> None:
 def _readme(path: Path) -> str:
     """Model card of the checkpoint, or a stub that names the base of merged adapters."""
     if (path / "README.md").is_file():
-        return (path / "README.md").read_text(encoding="utf-8")
+        return (path / "README.md").read_text(encoding="utf-8", errors="replace")
     description = "Exported as it was; it had no card."
     if (path / ADAPTER).is_file():
         description = f"LoRA adapters folded into {json.loads((path / ADAPTER).read_bytes())['base_model_name_or_path']}."

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from components.distill.card import END, NOT_STATED, START, licence_of, model_card
+from components.errors import DataError
 from components.io import write_text
 from components.records.compare import ArmResult, Comparison, Contrast, Difference, TeacherResult
 from components.records.dataset import SourceRecord, Sources
@@ -127,6 +128,15 @@ def compared(project: Path) -> Comparison:
     locked(provenance.digest(ARM).md5, provenance.digest(ARM / "model").md5)
     comparison().write(REPORTS / "compare.json")
     return comparison()
+
+
+def test_a_student_without_its_card_is_told_and_odd_bytes_are_no_fault(compared: Comparison) -> None:
+    card = ARM / "model/README.md"
+    card.write_bytes(card.read_bytes() + b"\xff")
+    assert full_card("align_ti", Path("out"), "fp32")[0].endswith("\N{REPLACEMENT CHARACTER}")
+    card.unlink()
+    with pytest.raises(DataError, match=r"README\.md is missing; `dvc repro` makes it"):
+        full_card("align_ti", Path("out"), "fp32")
 
 
 def test_the_full_card_has_scores_cost_and_the_way_to_make_it_again(compared: Comparison) -> None:
