@@ -125,7 +125,9 @@ class TurnReader:
     def _part(self, part: Any) -> str:
         if isinstance(part, str):
             return part
-        members = {key: value for key, value in part.items() if not is_empty(value)} if isinstance(part, dict) else {}
+        if not isinstance(part, dict):
+            raise Refusal("wrong_type", f"a part of a turn is text or an image, not {short(part)}")
+        members = {key: value for key, value in part.items() if not is_empty(value)}
         kind = str(members.get("type") or next(iter(members), None))
         if kind.endswith("text") and isinstance(members.get("text", None if members.keys() - {"type"} else ""), str):
             self._check_unread(members, ("type", "text"))
