@@ -7,6 +7,7 @@ published and compared again where the MLflow that recorded them is not.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,8 @@ def _run(row: dict[str, Any]) -> Run:
     missing = [name for name in (*COLUMNS, *(METRIC + metric for metric in (SCORE, HOURS, MEMORY))) if not row.get(name)]
     if missing:
         raise ValueError(f"no {missing[0]}; `alignti compare` writes such a file as compare.csv")
+    if not isinstance(json.loads(row["fingerprint"]), dict | None):
+        raise ValueError("the fingerprint is no JSON object")
     metrics = {name.removeprefix(METRIC): text for name, text in row.items() if name.startswith(METRIC) and text}
     return Run(
         id=row["run_id"],

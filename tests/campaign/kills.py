@@ -45,7 +45,7 @@ WRITES = {
 }
 VICTIMS = {"stage": "components.", "DVC": "dvc", "flow": "flows.", "sender": "mlflow_sync"}
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
-MOST_KILLS = 3  # of one command
+MOST_KILLS = 5  # of one command
 STOPPED_S = 10
 PATIENCE_S = 900
 ENDING_S = 120

@@ -58,6 +58,8 @@ def test_a_csv_of_runs_gives_the_comparison_again(tmp_path: Path) -> None:
         ("0.49", "nan", f"line 2: metrics.{SCORE}: Input should be a finite number"),
         ("0.49", "", f"line 2: no metrics.{SCORE}"),
         ("iva0-tpa0-1-0,", "", "line 2: more or fewer cells"),
+        ('""abc""', "abc", "line 2: Expecting value"),
+        ('"{""kit"": ""alignti"", ""dataset_hash"": ""abc""}"', "7", "line 2: the fingerprint is no JSON object"),
         ("iva0-tpa0-1-0", "\xff", "compare.csv: .*can't decode"),
         ("iva0-tpa0-1-0", '"a"b', "line 2: .*expected after"),
     ],
