@@ -155,8 +155,8 @@ def pipeline(
                 run.tag(f"stage.{stage}", outcome)
                 for path, md5 in list(locked.get(stage, {}).items())[:1]:  # the run that made it, now or earlier
                     run.link(f"stage.{stage}.run", provenance.maker(md5), path, md5)
-            stage_seconds = [history.last(stage).get("seconds", 0.0) for stage, outcome in outcomes.items() if outcome == "ran"]
-            run.metrics({"usage/stage_hours": sum(stage_seconds) / 3600})
+            last_runs = [history.last(stage) for stage, outcome in outcomes.items() if outcome == "ran"]
+            run.metrics({"usage/stage_hours": sum(last.seconds for last in last_runs if last) / 3600})
             gate(targets or ())
             if "compare" in outcomes:
                 promote.register_all()

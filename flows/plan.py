@@ -73,6 +73,6 @@ def _reasons(changes: list[Any]) -> list[str]:
 def _seconds(stage: str, recipe: str | None, expected: dict[str, float]) -> float | None:
     """Seconds of the last run here, if it was of this recipe; else the recipe's figure; else the last run of any recipe."""
     last = history.last(stage)
-    if last and last["recipe"] == recipe:
-        return float(last["seconds"])
-    return expected.get(stage, expected.get(stage.partition("@")[0], last.get("seconds")))
+    if last and last.recipe == recipe:
+        return last.seconds
+    return expected.get(stage, expected.get(stage.partition("@")[0], last.seconds if last else None))

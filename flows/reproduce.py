@@ -121,7 +121,7 @@ def reproduce(recorded: RecordedRun, settings: Settings, stage_only: bool = Fals
 
 
 def _print_stages(stages: list[str]) -> None:
-    seconds = [last["seconds"] for stage in stages if (last := history.last(stage))]
+    seconds = [last.seconds for stage in stages if (last := history.last(stage))]
     minutes = f"; they took {sum(seconds) / 60:.1f} min when they last ran here" if len(seconds) == len(stages) else ""
     print(f"{len(stages)} stage(s) to run anew: {', '.join(stages)}{minutes}", flush=True)
 

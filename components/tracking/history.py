@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from pydantic import ConfigDict
+
+from components.errors import DataError
 from components.process import is_free
 from components.records.paths import RUNS
-from components.records.record import content, parsed
+from components.records.record import Record, content, parsed
 from components.tracking import provenance, system_metrics
 from components.tracking.journal import JOURNALS, events
 
@@ -84,7 +87,20 @@ def recorded() -> list[RecordedRun]:
     return sorted(runs)
 
 
-def last(stage: str) -> dict[str, Any]:
-    """Record of this stage's last successful run here: `run` (its journal), `seconds`, nearest `recipe`; empty without one."""
+class LastRun(Record):
+    """.runs/last/STAGE.json: last successful run of a stage here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)  # commits, for people
+
+    run: str  # name of its journal
+    seconds: float
+    recipe: str | None  # nearest to params/
+
+
+def last(stage: str) -> LastRun | None:
+    """Last successful run of this stage here. Raises DataError if its record is damaged."""
     path = LAST / f"{stage}.json"
-    return parsed(path) if path.exists() else {}
+    try:
+        return LastRun.read(path) if path.exists() else None
+    except DataError:
+        raise DataError(f"{path} is damaged; delete it: it tells how long {stage} took, and nothing depends on it") from None

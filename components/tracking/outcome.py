@@ -35,7 +35,8 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
     folder = SCORES / arm
     scores, cost = Scores.read(folder / "scores.json"), Cost.read(STUDENTS / arm / "cost.json")
     scores_md5 = provenance.digest(folder).md5
-    run_links = {f"run.{name}": history.last(f"{name}@{arm}").get("run") for name in ("distill", "evaluate")}
+    last_runs = {name: history.last(f"{name}@{arm}") for name in ("distill", "evaluate")}
+    run_links = {f"run.{name}": last.run if last else None for name, last in last_runs.items()}
     run_links["run.distill"] = provenance.maker(md5) or run_links["run.distill"]  # restored bytes come from an earlier run
     key = _key(stage, arm, md5, scores_md5, params, tags)
     journal.record(

@@ -66,7 +66,7 @@ def test_times_come_from_the_last_run_of_this_recipe_else_from_what_it_says(
     project: Path, recorded_of: str, seconds: float | None
 ) -> None:
     history.LAST.mkdir(parents=True)
-    (history.LAST / "prepare.json").write_text(json.dumps({"seconds": 7.5, "recipe": recorded_of}))
+    (history.LAST / "prepare.json").write_text(json.dumps({"run": "prepare-1", "seconds": 7.5, "recipe": recorded_of}))
     (project / "dvc.yaml").write_text("stages: {prepare: {cmd: 'true', outs: [x]}}")
     (step,), basis, recipe = plan(load_settings())
     assert step.seconds == (seconds or recipes.about("digits").seconds["prepare"])

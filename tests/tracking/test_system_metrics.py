@@ -161,7 +161,8 @@ def test_a_stage_records_what_it_used(powercap: Path, monkeypatch: pytest.Monkey
     assert final[system_metrics.GPU_WH] == pytest.approx(4.0)
     assert final[system_metrics.DEVICE_HOURS] == pytest.approx(2 * final["seconds"] / 3600)
     assert not any(name.startswith(("best/", "final/")) for name in final)
-    assert history.energy(history.last("distill@a")["run"]) == {
+    last = history.last("distill@a")
+    assert last is not None and history.energy(last.run) == {
         system_metrics.CPU_WH: final[system_metrics.CPU_WH],
         system_metrics.GPU_WH: final[system_metrics.GPU_WH],
     }

@@ -116,11 +116,14 @@ def test_the_journal_holds_everything_in_order() -> None:
 
 
 def test_a_record_of_the_last_success_tells_how_long_it_took() -> None:
-    assert history.last("distill@align_ti") == {}
+    assert history.last("distill@align_ti") is None
     work()
     last = history.last("distill@align_ti")
-    assert last["recipe"] == "digits"
-    assert 0 <= last["seconds"] < 60
+    assert last is not None and last.recipe == "digits"
+    assert 0 <= last.seconds < 60
+    (history.LAST / "distill@align_ti.json").write_text('{"run": "x"}')
+    with pytest.raises(DataError, match=r"distill@align_ti\.json is damaged; delete it"):
+        history.last("distill@align_ti")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_what_the_work_raises_passes_through_and_is_told(error: BaseException, s
     with pytest.raises(type(error)), stage_run("prepare", runtime=runtime()):
         raise error
     assert lines(journals()[0])[-1]["status"] == status
-    assert history.last("prepare") == {}
+    assert history.last("prepare") is None
 
 
 def test_params_that_cannot_be_read_cost_a_run_its_recipe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
