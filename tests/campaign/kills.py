@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -43,7 +44,7 @@ WRITES = {
     "a draft": ["artifacts/*/.*", "artifacts/*/*/.*", ".runs/.*", ".runs/*/.*"],
     "a checkpoint or shard": [".runs/*/*", ".runs/distill/*/*/*", ".runs/distill/*/*/.*"],
 }
-VICTIMS = {"stage": "components.", "DVC": "dvc", "flow": "flows.", "sender": "mlflow_sync"}
+VICTIMS = {"stage": r"components\.(?!tracking)", "DVC": "dvc", "flow": r"flows\.", "sender": "mlflow_sync"}
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 MOST_KILLS = 5  # of one command
 STOPPED_S = 10
@@ -189,8 +190,8 @@ def _victims(process: subprocess.Popen[bytes], rng: random.Random) -> tuple[str,
     running = defaultdict(list, all=family)
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            for kind, word in VICTIMS.items():
-                if word in " ".join(member.cmdline()[1:4]):
+            for kind, pattern in VICTIMS.items():
+                if re.search(pattern, " ".join(member.cmdline()[1:4])):
                     running[kind].append(member)
     victim = rng.choice(list(running))
     return victim, family if victim == "all" else [rng.choice(running[victim])]
