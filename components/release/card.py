@@ -11,6 +11,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from components.distill.card import START
 from components.errors import without_login
+from components.models.checkpoint_folder import as_model_error
 from components.records.compare import ArmResult, Comparison
 from components.records.dataset import Manifest
 from components.records.distill import Cost
@@ -27,7 +28,7 @@ UPSTREAM = ("prepare", "obtain_models", "check_rows", "select_teacher", "search_
 def full_card(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
     """Card of `arm` exported to `folder` in `dtype`, and its missing entries as phrases.
 
-    Raises DataError if a record of the arm is missing or unreadable.
+    Raises DataError if a record of the arm is missing or unreadable, ModelError if its first card is.
     """
     student_folder = STUDENTS / arm
     text = content(student_folder / "model/README.md").decode("utf-8", "replace")
@@ -37,7 +38,8 @@ def full_card(arm: str, folder: Path, dtype: str) -> tuple[str, list[str]]:
     run = provenance.maker(md5)  # also if DVC restored the weights from a cache
     reproduction, missing_origin = _reproduction(arm, md5, run, folder, dtype)
     sections = f"{scores}\n{_cost(arm, run)}\n{reproduction}\n## Everything that decided its weights\n\n{START}"
-    card = ModelCard(text.replace(f"## Everything that decided its weights\n\n{START}", sections))
+    with as_model_error(f"{student_folder}/model/README.md is damaged; `dvc repro distill@{arm}` makes it anew"):
+        card = ModelCard(text.replace(f"## Everything that decided its weights\n\n{START}", sections))
     for key, value in front_matter.items():
         setattr(card.data, key, value)
     return str(card), [*missing_scores, *missing_origin]

@@ -58,3 +58,9 @@ def test_a_damaged_file_says_how_to_get_it_back(tmp_path: Path, raw_folder: Path
     (tmp_path / raw.FILE).write_text(damage((raw_folder / raw.FILE).read_text()))
     with pytest.raises(DataError, match="dvc checkout"):
         raw.read(tmp_path)
+
+
+def test_a_folder_in_its_place_says_how_to_get_it_back(tmp_path: Path) -> None:
+    (tmp_path / raw.FILE).mkdir()
+    with pytest.raises(DataError, match="dvc checkout"):
+        raw.read(tmp_path)

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from components.distill.card import END, NOT_STATED, START, licence_of, model_card
-from components.errors import DataError
+from components.errors import DataError, ModelError
 from components.io import write_text
 from components.records.compare import ArmResult, Comparison, Contrast, Difference, TeacherResult
 from components.records.dataset import SourceRecord, Sources
@@ -134,6 +134,9 @@ def test_a_student_without_its_card_is_told_and_odd_bytes_are_no_fault(compared:
     card = ARM / "model/README.md"
     card.write_bytes(card.read_bytes() + b"\xff")
     assert full_card("align_ti", Path("out"), "fp32")[0].endswith("\N{REPLACEMENT CHARACTER}")
+    card.write_text("---\na: [\n---\n")
+    with pytest.raises(ModelError, match=r"README\.md is damaged; `dvc repro distill@align_ti`"):
+        full_card("align_ti", Path("out"), "fp32")
     card.unlink()
     with pytest.raises(DataError, match=r"README\.md is missing; `dvc repro` makes it"):
         full_card("align_ti", Path("out"), "fp32")
