@@ -40,6 +40,8 @@ def graph(targets: Sequence[str] = ()) -> dict[str, list[str]]:
         stage.addressing: sorted(d.addressing for d in edges.successors(stage) if isinstance(d, PipelineStage))
         for stage in order
     }
+    if not needs:
+        raise InputError("dvc.yaml is missing or has no stages; `git checkout dvc.yaml` brings it back")
     for target in targets:
         if target not in needs:
             raise unknown("stage", target, needs)

@@ -170,6 +170,12 @@ def ends(process: psutil.Process, within_s: float = 60) -> bool:
     return False
 
 
+def test_a_missing_dvc_yaml_is_told(project: Path) -> None:
+    (project / "dvc.yaml").unlink()
+    with pytest.raises(InputError, match=r"`git checkout dvc\.yaml` brings it back"):
+        dvc.graph()
+
+
 def test_a_killed_dvc_leaves_no_training_behind(project: Path) -> None:
     (project / "stage.py").write_text(TRAINER)
     outcome: list[BaseException] = []
