@@ -1,4 +1,4 @@
-"""What the stage `check_rows` writes of a data set of which it leaves nothing out."""
+"""What the stage `check_rows` writes of a data set."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from components.dataset.shards import Sample, Samples
 from components.io import sha256
 from components.records.dataset import Manifest
-from components.records.paths import DATASET
+from components.records.paths import DATASET, ROWS, Split
 from components.records.rows import TriedRows
 from components.rows.judge import VERDICT
 
 
 def keep_all(dataset: Path = DATASET, tokens: Callable[[Sample], int] = lambda _: 0) -> None:
-    """Beside `dataset`, where stages look for it."""
+    """Verdicts that leave nothing out, beside `dataset`, where stages look for them."""
     manifest, target = Manifest.read(dataset / "manifest.json"), dataset.with_name("rows")
     target.mkdir(exist_ok=True)
     for split in manifest.splits:
@@ -24,3 +24,11 @@ def keep_all(dataset: Path = DATASET, tokens: Callable[[Sample], int] = lambda _
         np.save(target / f"{split}.npy", np.array(verdict, dtype=VERDICT))
     hashes = {split: sha256([target / f"{split}.npy"]) for split in manifest.splits}
     TriedRows(digest=manifest.digest, max_length=0, tried_with=[], splits={}, sha256=hashes).write(target / "rows.json")
+
+
+def rewrite(split: Split, verdicts: np.ndarray) -> None:
+    """Other verdicts on a split, with their hash."""
+    np.save(ROWS / f"{split}.npy", verdicts)
+    tried = TriedRows.read(ROWS / "rows.json")
+    hashes = tried.sha256 | {split: sha256([ROWS / f"{split}.npy"])}
+    tried.model_copy(update={"sha256": hashes}).write(ROWS / "rows.json")

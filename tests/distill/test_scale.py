@@ -36,7 +36,7 @@ from components.tracking.journal import Run
 from tests.distill.conftest import REPOSITORY, WORDS, _row, write_params
 from tests.distill.test_stage import _journal, _wait_for, command, environment
 from tests.shards import write_split
-from tests.tried import keep_all
+from tests.tried import keep_all, rewrite
 
 ARM = "align_ti"
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_rows_that_were_cut_otherwise_is_not_resumed(workplace: 
         alone(StopsAt(3))
     verdicts = np.load(ROWS / "train.npy")
     verdicts["turns"][:12] = 0
-    np.save(ROWS / "train.npy", verdicts)
+    rewrite("train", verdicts)
     found, _ = alone()
     shutil.rmtree(RUNS)
     assert found == alone()[0]

@@ -39,6 +39,7 @@ from tests.align_ti.test_terms import batch, edits
 from tests.distill.conftest import write_params
 from tests.distill.test_scale import StopsAt
 from tests.models.conftest import NV
+from tests.tried import rewrite
 
 FOLDER = Path("artifacts/students/mcd")
 ARM: dict[str, Any] = {"weights": {"sft": 1.0, "mcd": 1.0}, "student": "student", "seed": 1}
@@ -228,7 +229,7 @@ def test_samples_that_check_rows_left_out_or_cut_are_those_of_training(mcd: Path
     verdicts = np.load(ROWS / "train.npy")
     verdicts["turns"] = verdicts["turns"].clip(max=1)  # two have a second turn
     verdicts["turns"][[1, 10]] = 0
-    np.save(ROWS / "train.npy", verdicts)
+    rewrite("train", verdicts)
     signals = load_settings().distill.teacher_signals.model_dump()
     write_params(mcd, "distill", {"teacher_signals": signals | {"source": "cache"}})
     terms = {"sft": 1.0, "kd": 1.0, "mcd": 1.0, "va_kd": 1.0}
