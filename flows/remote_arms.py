@@ -100,7 +100,8 @@ class RemoteStages:
         parameters = {"study": self.study, "targets": list(targets), "commit": self.commit, "recipe": self.recipe}
         with servers.prefect_client() as client:
             if run := _unfinished_run(client, self._tag(title), parameters):
-                print(f"{title}: flow run {run.name}, which was ordered before, has not ended; waiting for it", flush=True)
+                line = f"{title}: flow run {run.name}, which was ordered before, has not ended; waiting for it\n"
+                print(line, end="", flush=True)  # whole, beside those of other arms
             run = _wait_until_final(client, run or self._submit(title, parameters))
         assert run.state is not None
         if not run.state.is_completed():

@@ -39,7 +39,7 @@ PORTS: dict[Name, int] = {"mlflow": 5000, "prefect": 4200}
 PREFECT_APP = "prefect.server.api.server:create_app"  # in the command line of Prefect's temporary server
 HEALTH: dict[Name, str] = {"mlflow": "/health", "prefect": "/api/health"}
 
-_waiting: list[subprocess.Popen[bytes]] = []  # whose pipes are open until this process ends
+_waiting: dict[int, subprocess.Popen[bytes]] = {}  # pid of a server -> what waits to end it, on a pipe of this process
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,11 @@ def end_temporary_prefect() -> None:
     `sh` waits for the end of a pipe that this process alone holds.
     """
     for child in psutil.Process().children():
-        if PREFECT_APP in child.cmdline():
+        if PREFECT_APP in child.cmdline() and child.pid not in _waiting:
             command = ["sh", "-c", f"read -r _; kill {child.pid}"]
-            _waiting.append(subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True))
+            _waiting[child.pid] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            )
 
 
 def use_running() -> None:
