@@ -208,11 +208,12 @@ def end_temporary_prefect() -> None:
     `sh` waits for the end of a pipe that this process alone holds.
     """
     for child in psutil.Process().children():
-        if PREFECT_APP in child.cmdline() and child.pid not in _waiting:
-            command = ["sh", "-c", f"read -r _; kill {child.pid}"]
-            _waiting[child.pid] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-            )
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if PREFECT_APP in child.cmdline() and child.pid not in _waiting:
+                command = ["sh", "-c", f"read -r _; kill {child.pid}"]
+                _waiting[child.pid] = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+                )
 
 
 def use_running() -> None:

@@ -170,6 +170,13 @@ def test_the_temporary_server_of_a_killed_flow_ends_with_it(tmp_path: Path) -> N
     server.wait(20)
 
 
+def test_a_child_that_has_ended_is_no_server() -> None:
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie until it is reaped
+    servers.end_temporary_prefect()
+    child.wait()
+
+
 def test_a_pid_that_another_process_has_now_is_left_alone(cwd: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
