@@ -102,7 +102,8 @@ def _format_problem(root: Path, problem: Any) -> str:
         if problem["type"] == "string_type" and problem["input"] is not None:
             message += "; YAML takes it for that unless it stands in quotes"
         if problem["type"] == "float_type" and is_number(problem["input"]):
-            message += f"; YAML takes that for text, write {float(problem['input'])!r}"
+            number = repr(float(problem["input"]))
+            message += f"; YAML takes that for text, write {number if '.' in number else number.replace('e', '.0e')}"
     if file == "runtime" and keys and keys[0] in _environment_values():
         return f"ALIGNTI_{keys[0].upper()}: {message}"
     return _locate(root, file, keys, message)

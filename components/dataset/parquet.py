@@ -120,7 +120,8 @@ def _leaves(file: Any, group: int) -> list[str]:
 def _is_full(file: Any, group: int, leaf: int) -> bool:
     """Whether a column of bytes is known to have no nulls. Arrow aborts the process at damaged statistics of other types."""
     chunk = file.metadata.row_group(group).column(leaf)
-    if not chunk.physical_type == file.schema.column(leaf).physical_type == "BYTE_ARRAY":
+    column = file.schema.column(leaf)
+    if not chunk.physical_type == column.physical_type == "BYTE_ARRAY" or column.logical_type.type != "NONE":  # or it is text
         return False
     return chunk.statistics is not None and chunk.statistics.null_count == 0
 

@@ -121,8 +121,10 @@ def read_csv(path: Path) -> list[Run]:
         except ValidationError as error:
             problem = error.errors()[0]
             raise DataError(f"{path}: line {reader.reader.line_num}: {METRIC}{problem['loc'][0]}: {problem['msg']}") from None
-        except (ValueError, csv.Error) as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise DataError(f"{path}: line {reader.reader.line_num}: {error}") from None
+    if not runs:
+        raise DataError(f"{path} holds no run")
     return runs
 
 
@@ -134,13 +136,16 @@ def _run(row: dict[str, Any]) -> Run:
         raise ValueError(f"no {missing[0]}; `alignti compare` writes such a file as compare.csv")
     if not isinstance(json.loads(row["fingerprint"]), dict | None):
         raise ValueError("the fingerprint is no JSON object")
-    metrics = {name.removeprefix(METRIC): text for name, text in row.items() if name.startswith(METRIC) and text}
+    texts = {name.removeprefix(METRIC): text for name, text in row.items() if name.startswith(METRIC) and text}
+    metrics = METRICS.validate_python(texts)
+    if not 0 <= metrics[SCORE] <= 1 or min(metrics[HOURS], metrics[MEMORY]) < 0:
+        raise ValueError(f"{SCORE} is a share of 1, and costs are not negative")
     return Run(
         id=row["run_id"],
         cell=row["cell"],
         variant=row["variant"],
         params={name.removeprefix(PARAM): row[name] for name in row if name.startswith(PARAM) and row[name]},
-        metrics=METRICS.validate_python(metrics),
+        metrics=metrics,
         fingerprint=row["fingerprint"],
         started=0,
     )

@@ -717,6 +717,13 @@ def test_a_parquet_file_whose_columns_have_damaged_names_is_an_error(tmp_path: P
         prepare(settings_for({"mine": member}), target=tmp_path / "dataset", workers=1)
 
 
+def test_text_that_is_called_bytes_is_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"meta": [{"bytes": "hello", "path": "p"}]}), tmp_path / "rows.parquet")
+    assert [raw for _, _, raw in store(str(tmp_path / "rows.parquet"), None).rows()] == [
+        {"meta": {"bytes": "hello", "path": "p"}}
+    ]
+
+
 READ_DAMAGED = """
 import sys
 from pathlib import Path

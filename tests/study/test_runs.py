@@ -59,6 +59,8 @@ def test_a_csv_of_runs_gives_the_comparison_again(tmp_path: Path) -> None:
         ("0.49", "", f"line 2: no metrics.{SCORE}"),
         ("iva0-tpa0-1-0,", "", "line 2: more or fewer cells"),
         ('""abc""', "abc", "line 2: Expecting value"),
+        ('"{""kit"": ""alignti"", ""dataset_hash"": ""abc""}"', "[" * 20_000, "line 2: .*recursion"),
+        ("0.49", "49", "line 2: exact_match is a share of 1"),
         ('"{""kit"": ""alignti"", ""dataset_hash"": ""abc""}"', "7", "line 2: the fingerprint is no JSON object"),
         ("iva0-tpa0-1-0", "\xff", "compare.csv: .*can't decode"),
         ("iva0-tpa0-1-0", '"a"b', "line 2: .*expected after"),
@@ -70,3 +72,9 @@ def test_a_csv_that_is_none_of_runs_is_refused_with_the_line(tmp_path: Path, old
     path.write_bytes(path.read_bytes().replace(old.encode(), new.encode("latin-1"), 1))
     with pytest.raises(DataError, match=message):
         read_csv(path)
+
+
+def test_a_csv_without_runs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "compare.csv").write_text("run_id,cell\n")
+    with pytest.raises(DataError, match=r"compare\.csv holds no run"):
+        read_csv(tmp_path / "compare.csv")
