@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails
 
 from components.align_ti import terms
@@ -22,7 +22,7 @@ class Divergence(Strict):
 
     kind: Literal["forward", "reverse", "jsd", "skewed", "skewed_reverse", "argmax"]
     mix: Ratio
-    temperature: Temperature
+    temperature: Temperature = Field(le=1_000, description="above, the divergence drowns in float32's rounding")
 
     @model_validator(mode="after")
     def _check_mix(self) -> Self:

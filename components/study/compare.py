@@ -89,7 +89,7 @@ def compare(
     """Result of a study over `cells`, the study's arms; the latest of `runs` counts for each.
 
     Raises:
-        DataError: there are no runs, or their fingerprints are unknown or differ.
+        DataError: there are no runs, two have the same variant and seed, or their fingerprints are unknown or differ.
     """
     latest = {run.cell: run for run in sorted(runs, key=lambda run: run.started) if run.cell in set(cells)}
     if not latest:
@@ -99,6 +99,8 @@ def compare(
     check_fingerprints(chosen)
     by_variant: dict[str, list[Run]] = defaultdict(list)
     for run in chosen:
+        if twin := next((r for r in by_variant[run.variant] if r.seed == run.seed), None):
+            raise DataError(f"{twin.cell} and {run.cell} have one variant, {run.variant}, and one seed, {run.seed or 'none'}")
         by_variant[run.variant].append(run)
     factors = [p for p in chosen[0].params if p != SEED and len({run.params.get(p) for run in chosen}) > 1]
     return StudyResult(

@@ -114,7 +114,7 @@ def _front(axes: Axes, result: StudyResult, costs: list[float], label: str, them
             labelled_scores.append(scores[index])
             name = result.variants[index].name
             axes.annotate(name, (costs[index], scores[index]), (5, 4), textcoords="offset points", fontsize=7.5)
-    axes.set_xlim(0, 1.25 * max(costs))
+    axes.set_xlim(0, 1.25 * max(costs) or 1)
     axes.set_xlabel(label)
     axes.grid()
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from components.errors import DataError, InputError
 from components.io import write_table
@@ -24,7 +25,7 @@ from components.tracking.stage_run import JOURNAL_ONLY
 SCORE, HOURS, MEMORY = "exact_match", "cost/device_hours", "cost/peak_memory_mib"
 PARAM, METRIC = "params.", "metrics."  # prefixes of columns
 COLUMNS = ("run_id", "cell", "variant", "fingerprint")
-METRICS = TypeAdapter(dict[str, FiniteFloat])
+METRICS = TypeAdapter(dict[str, Annotated[float, Field(gt=-1e100, lt=1e100)]])  # sums of which are finite
 MAX_RUNS = 50_000  # maximum results of one MLflow search
 
 
@@ -114,6 +115,8 @@ def read_csv(path: Path) -> list[Run]:
     with path.open(encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have begun it with a byte order mark
         reader, runs = csv.DictReader(file, strict=True), []
         try:
+            if doubled := [name for name, times in Counter(reader.fieldnames or ()).items() if times > 1]:
+                raise ValueError(f"{doubled[0]} heads two columns")
             for row in reader:
                 runs.append(_run(row))
         except UnicodeDecodeError as error:

@@ -527,6 +527,7 @@ def test_compiled_layers_that_a_term_reads_inside_are_refused(root: Path, monkey
         ("distill", "evidence: null", "evidence: {kinds: [blank, blank], share: 0.5}", "blank stands more than once"),
         ("distill", r"\bbatch_size: \d+", "batch_size: 1000000000", "less than or equal to 1048576"),
         ("distill", r"draw_temperature: [\d.]+", "draw_temperature: 1.0e-38", "greater than or equal to 0.000001"),
+        ("distill", r"(?<=0.5, )temperature: 1.0", "temperature: 1.0e+9", "less than or equal to 1000"),
         (
             "distill",
             "teacher_answers: null",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from components.errors import DataError, InputError
+from components.report.figures import LIGHT
 from components.study import compare as module
 from components.study import plots, report, runs
 from components.study.compare import StudyResult, compare
@@ -131,6 +132,11 @@ def test_the_latest_run_of_a_cell_counts() -> None:
     assert comparison.superseded == 1
 
 
+def test_two_runs_of_one_variant_and_seed_are_refused() -> None:
+    with pytest.raises(DataError, match="iva0-tpa0-seed1 and iva0-tpa0-seed2 have one variant, iva0-tpa0, and one seed, 1"):
+        result([replace(r, params=r.params | {"seed": "1"}) for r in RUNS])
+
+
 def test_one_seed_gives_no_interval_and_no_p() -> None:
     comparison = result([r for r in RUNS if r.seed == "1"])
     assert all(v.score.interval is None for v in comparison.variants)
@@ -195,6 +201,11 @@ def test_a_study_of_one_variant_has_no_differences_to_draw(tmp_path: Path, monke
     assert not found.tests
     report.write(found, "one", 0.95)
     assert {path.name for path in (report.FOLDER / found.study).glob("*.png")} == {"pareto.png", "runs.png"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_runs_without_a_cost_are_drawn() -> None:
+    plots.pareto(result([replace(r, metrics=r.metrics | {HOURS: 0.0, MEMORY: 0.0}) for r in RUNS]), LIGHT)
 
 
 def test_where_nothing_was_learnt_none_is_the_best() -> None:

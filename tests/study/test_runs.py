@@ -54,8 +54,10 @@ def test_a_csv_of_runs_gives_the_comparison_again(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("fingerprint", "print", "line 2: no fingerprint"),
+        ("variant", "cell", "line 1: cell heads two columns"),
+        ("0.49", "1e308", f"line 2: metrics.{SCORE}: Input should be less than"),
         ("0.49", "half", f"line 2: metrics.{SCORE}: Input should be a valid number"),
-        ("0.49", "nan", f"line 2: metrics.{SCORE}: Input should be a finite number"),
+        ("0.49", "nan", f"line 2: metrics.{SCORE}: Input should be"),
         ("0.49", "", f"line 2: no metrics.{SCORE}"),
         ("iva0-tpa0-1-0,", "", "line 2: more or fewer cells"),
         ('""abc""', "abc", "line 2: Expecting value"),
