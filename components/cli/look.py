@@ -35,14 +35,14 @@ def runs(last: int = typer.Option(40, "--last", min=1, help="As many, the latest
 @app.command()
 def compare(
     study: str,
-    csv: Annotated[Path | None, typer.Option(help="Runs of an earlier compare.csv, in place of MLflow's.")] = None,
+    csv: Annotated[list[Path] | None, typer.Option(help="Runs of earlier compare.csv files, in place of MLflow's.")] = None,
 ) -> None:
     """Say what a study shows, from its runs in MLflow: reports/studies/STUDY/compare.{md,csv,html}."""
     from components.study import expand
 
     plan = expand.read(study)
-    if csv is not None:
-        check_file("--csv", csv)
+    for file in csv or ():
+        check_file("--csv", file)
     from components.config.load import load_settings
     from components.errors import without_login
     from components.tracking.mlflow_client import check_recorded
@@ -52,13 +52,14 @@ def compare(
     use_running()
     settings = load_settings()
     tracking_uri = settings.runtime.tracking_uri
-    if csv is None:
+    if not csv:
         check_recorded(tracking_uri)
     from components.study import compare as comparison  # heavy: after the checks of inputs
     from components.study import report
     from components.study.runs import load_runs, read_csv
 
-    runs = load_runs(tracking_uri, settings.runtime.experiment, study) if csv is None else read_csv(csv)
+    earlier = [run for file in csv or () for run in read_csv(file)]
+    runs = earlier or load_runs(tracking_uri, settings.runtime.experiment, study)
     cells = expand.cells(study)
     families = expand.families(plan, cells)
     result = comparison.compare(study, runs, [cell.name for cell in cells], families, settings.evaluate.confidence)
@@ -66,7 +67,7 @@ def compare(
     typer.echo(report.standing(result))
     typer.echo(f"-> {', '.join(map(str, paths))}")
     tracking_url = without_login(tracking_uri)
-    if csv is None and tracking_url.startswith("http"):
+    if not csv and tracking_url.startswith("http"):
         typer.echo(f"in MLflow: {page(tracking_url, [run.id for run in result.runs], result.runs[0].experiment)}")
 
 

@@ -3,12 +3,15 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from components.cli import look
 from components.config.load import load_settings
 from components.errors import DataError, InputError, TryAgainError
+from components.study import expand
 from components.study.compare import compare
 from components.study.runs import SCORE, load_runs, read_csv, write_csv
 from components.tracking import journal
@@ -48,6 +51,18 @@ def test_a_csv_of_runs_gives_the_comparison_again(tmp_path: Path) -> None:
     write_csv(path, RUNS)
     path.write_text(path.read_text(), encoding="utf-8-sig")  # as spreadsheets do
     assert compare("terms", read_csv(path), CELLS, FAMILIES, 0.95) == compare("terms", RUNS, CELLS, FAMILIES, 0.95)
+
+
+def test_the_runs_of_several_csvs_are_compared_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("params", tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
+    cells = expand.cells("terms")
+    for seed in (1, 2):
+        named = zip([cell for cell in cells if cell.arm.seed == seed], RUNS[seed - 1 :: 3], strict=True)
+        write_csv(Path(f"{seed}.csv"), [replace(run, cell=cell.name, variant=cell.variant) for cell, run in named])
+    look.compare("terms", [Path("1.csv"), Path("2.csv")])
+    compared = {run.cell for run in read_csv(Path("reports/studies/terms/compare.csv"))}
+    assert compared == {cell.name for cell in cells if cell.arm.seed < 3}
 
 
 @pytest.mark.parametrize(
