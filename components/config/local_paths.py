@@ -13,7 +13,7 @@ from components.config.settings import Settings
 
 def missing_paths(settings: Settings) -> list[str]:
     """Missing local data, images and checkpoints of the settings, as `key: path`."""
-    return [f"{key}: {path}" for key, path in named_paths(settings) if not _exists(path)]
+    return [f"{key}: {path}" for key, path in named_paths(settings) if not exists(path)]
 
 
 def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
@@ -38,7 +38,7 @@ def named_paths(settings: Settings) -> Iterator[tuple[str, Path]]:
             )
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
     """Whether the path exists, or for a pattern such as `x/*.tar` one such file."""
     return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.config.local_paths import downloaded, hub_cache
+from components.config.local_paths import downloaded, exists, hub_cache
 from components.config.models import Checkpoint, Parts
 from components.config.settings import Settings
 from components.cost import shapes
@@ -85,7 +85,5 @@ def _exists(pattern: str, root: Path) -> bool:
     if hub := re.fullmatch(r"hf://datasets/([^/]+)/([^@]+)@([0-9a-f]{40})/(.+)", pattern):
         org, name, commit, file = hub.groups()
         return any((hub_cache() / f"datasets--{org}--{name}" / "snapshots" / commit).glob(file))
-    if "*" in pattern:
-        return any(root.glob(pattern))
     path = root / pattern
-    return any(path.iterdir()) if path.is_dir() else path.exists()
+    return any(path.iterdir()) if path.is_dir() else exists(path)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from components.config import recipes
+from components.config.data import HeldOut
 from components.config.local_paths import downloaded
 from components.config.models import Checkpoint, Cut, LanguageShape, Parts
 from components.config.recipes import SampleSize
@@ -91,10 +92,11 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         student = students[arm.student]
         shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
         steps, passes = settings.of_arm(arm).distill.steps, distill.batch_size / len(shape.lengths)
-        distill_hours = steps * passes * step.hours(step.operations(student, teacher, shape, plan), device)
+        flops = step.operations(student, teacher, shape, replace(plan, written=0))  # answers' time is added below
+        distill_hours = steps * passes * step.hours(flops, device)
         prompt = student.visual + sample.text
         if arm.rollouts is not None:
-            answers, rollout_batch = arm.rollouts.share * steps * distill.batch_size, distill.batch_size // runtime.devices
+            answers, rollout_batch = arm.rollouts.share * steps * distill.batch_size, _samples_per_device(settings)
             distill_hours += generation_hours(student, answers, rollout_batch, prompt, arm.rollouts.max_new_tokens)
         hours[f"distill@{arm_name}"] = distill_hours
         hours[f"evaluate@{arm_name}"] = generation_hours(
@@ -170,7 +172,7 @@ def _model(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings:
 def _batch_shape(student: Model, sample: SampleSize, settings: Settings) -> BatchShape:
     """Micro-batch of one device: samples of the mean size."""
     distill = settings.distill
-    B = min(distill.micro_batch_size, max(1, distill.batch_size // settings.runtime.devices))
+    B = min(distill.micro_batch_size, _samples_per_device(settings))
     length = float(student.visual + sample.text + sample.response)
     return BatchShape(
         lengths=(length,) * B,
@@ -180,6 +182,10 @@ def _batch_shape(student: Model, sample: SampleSize, settings: Settings) -> Batc
         instruction=B * sample.text,
         ribbon=B * sample.response * min(step.ALTERNATIVES, settings.distill.tpa.draws),
     )
+
+
+def _samples_per_device(settings: Settings) -> int:
+    return max(1, settings.distill.batch_size // settings.runtime.devices)
 
 
 def _step_plan(student: Model, arm: Arm, settings: Settings) -> StepPlan:
@@ -226,7 +232,7 @@ def _trained(model: Model, settings: Settings) -> float:
 
 def _share(settings: Settings) -> float:
     """Evaluated samples as a share of the training samples."""
-    block = settings.data.mixture or settings.data.llava
-    if block is None or settings.data.source == "digits":
+    block = getattr(settings.data, settings.data.source)
+    if not isinstance(block, HeldOut):
         return 0.0
     return (block.test if settings.evaluate.split == "test" else block.val) / (1 - block.val - block.test)

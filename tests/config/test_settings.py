@@ -309,10 +309,10 @@ def test_what_is_named_and_not_here_is_listed_with_its_key(root: Path, monkeypat
 @pytest.mark.parametrize("pattern", ["x/*/0.tar", "x/a/[0-9].tar", "x/a/?.tar", "x/**/*.tar"])
 def test_a_pattern_is_there_if_a_file_matches_it(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert not local_paths._exists(Path(pattern))
+    assert not local_paths.exists(Path(pattern))
     (tmp_path / "x/a").mkdir(parents=True)
     (tmp_path / "x/a/0.tar").touch()
-    assert local_paths._exists(Path(pattern)) and local_paths._exists(tmp_path / pattern)
+    assert local_paths.exists(Path(pattern)) and local_paths.exists(tmp_path / pattern)
 
 
 def test_folders_of_benchmarks_images_are_paths(root: Path) -> None:

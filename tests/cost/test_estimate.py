@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from components.config import recipes
+from components.config.data import LlavaFolder
 from components.config.models import Checkpoint, Cut
 from components.config.study import Rollouts
-from components.cost import downloads, shapes
+from components.cost import downloads, shapes, step
 from components.cost import estimate as costs
 from components.errors import InputError
 from flows import cost_report
@@ -50,8 +51,8 @@ def test_all_runs_and_all_that_is_missing_are_told(root: Path) -> None:
     assert "artifacts/students" not in text
 
 
-def test_answers_that_a_student_writes_in_training_cost_their_time(root: Path) -> None:
-    settings = recipes.settings_with(NAME, root)
+def test_answers_that_a_student_writes_in_training_cost_their_time_once(root: Path) -> None:
+    settings, about = recipes.settings_with(NAME, root), recipes.about(NAME, root)
     name, arm = next(iter(settings.study.arms.items()))
     hours = []
     for share in (None, 0.5, 1.0):
@@ -60,7 +61,31 @@ def test_answers_that_a_student_writes_in_training_cost_their_time(root: Path) -
         cost = costs.estimate(NAME, settings.model_copy(update={"study": study}), root)
         assert cost is not None
         hours.append(cost.hours[f"distill@{name}"])
-    assert hours[0] < hours[1] and hours[2] - hours[0] == pytest.approx(2 * (hours[1] - hours[0]))
+    assert about.device and about.sample and settings.models.pretrained
+    student = costs._model(settings.models.pretrained.students[arm.student], NAME, settings, root)
+    distill = settings.distill
+    answers, batch = distill.steps * distill.batch_size, distill.batch_size // settings.runtime.devices
+    prompt, device = student.visual + about.sample.text, step.DEVICES[about.device]
+    writing = step.generation_hours(student, answers, batch, prompt, min(32, about.sample.response), device)
+    assert [h - hours[0] for h in hours] == pytest.approx([0, writing / 2, writing])
+    runtime = settings.runtime.model_copy(update={"devices": distill.batch_size + 1})  # some have no sample
+    cost = costs.estimate(NAME, settings.model_copy(update={"study": study, "runtime": runtime}), root)
+    assert cost is not None and cost.hours[f"distill@{name}"] > hours[2]
+
+
+def test_the_evaluated_share_is_that_of_the_source_that_is_read(root: Path) -> None:
+    settings = recipes.settings_with(NAME, root)
+    own = LlavaFolder(annotations="rows.json", images="images", val=0.1, test=0.1)
+    data = settings.data.model_copy(update={"source": "llava", "llava": own})
+    assert settings.data.mixture is not None and settings.evaluate.split == "test"
+    assert costs._share(settings.model_copy(update={"data": data})) == pytest.approx(0.1 / 0.8)
+
+
+def test_data_that_a_pattern_names_is_found_wherever_it_lies(root: Path) -> None:
+    (root / "rows-1.json").touch()
+    for folder in (f"{root}/", ""):
+        assert downloads._exists(f"{folder}rows-*.json", root) and downloads._exists(f"{folder}rows-[0-9].json", root)
+        assert not downloads._exists(f"{folder}rows-*.parquet", root)
 
 
 def test_what_is_here_is_not_missing(root: Path) -> None:
