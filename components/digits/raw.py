@@ -55,7 +55,7 @@ def read(folder: Path = RAW) -> tuple[np.ndarray, np.ndarray]:
         table = np.array([line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]], dtype=np.int64)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `git checkout data.dvc && make data` brings it") from None
-    except (ValueError, IsADirectoryError, NotADirectoryError) as error:
+    except (ValueError, OverflowError, IsADirectoryError, NotADirectoryError) as error:
         raise DataError(f"{path} is damaged ({error}); {_restore_hint(path)}") from None
     if table.shape != (COUNT, 1 + SIDE**2) or table.min() < 0 or table[:, 1:].max() > DEPTH or table[:, 0].max() > 9:
         raise DataError(f"{path} does not hold {COUNT} digits of {SIDE} x {SIDE}; {_restore_hint(path)}")

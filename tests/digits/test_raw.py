@@ -51,8 +51,9 @@ def test_a_missing_file_says_how_to_get_it(tmp_path: Path) -> None:
         lambda text: text.replace(",16,", ",17,", 1),
         lambda text: text.replace("\n3,", "\n13,", 1),
         lambda text: text.replace(",5,", ",x,", 1),
+        lambda text: text.replace(",5,", f",{10**20},", 1),
     ],
-    ids=["empty", "cut", "too bright", "no digit", "no number"],
+    ids=["empty", "cut", "too bright", "no digit", "no number", "too large a number"],
 )
 def test_a_damaged_file_says_how_to_get_it_back(tmp_path: Path, raw_folder: Path, damage: Callable[[str], str]) -> None:
     (tmp_path / raw.FILE).write_text(damage((raw_folder / raw.FILE).read_text()))
