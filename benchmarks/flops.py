@@ -1,7 +1,4 @@
-"""FLOPs of a step, counted from shapes: the work of the method, not of an implementation.
-
-A matrix product of (n, a) and (a, b) is 2 n a b. A backward pass is twice its forward pass. Recomputation is not counted.
-"""
+"""FLOPs of a step as components/cost/step.py counts them: the work of the method, without an implementation's recomputation."""
 
 from __future__ import annotations
 

@@ -6,9 +6,7 @@ import datetime
 import resource
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,30 +91,13 @@ def prepare() -> torch.device:
     return torch.device("cpu")
 
 
-class Parts:
-    """Breakdown of a step's seconds, by `clock`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Context manager around a part, or decorator of a function that is one."""
-        start = clock(self.device)
-        yield
-        self.seconds[name] += clock(self.device) - start
-
-
 def summary(seconds: list[float]) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds), "seconds_quartiles": quartiles(seconds)}
 
 
 def quartiles(values: list[float]) -> list[float]:
-    if len(values) < 2:
-        return [values[0], values[0]]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [low, high]
+    quarters = torch.tensor([0.25, 0.75], dtype=torch.double)
+    return torch.tensor(values, dtype=torch.double).quantile(quarters).tolist()
 
 
 def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -151,21 +132,16 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(stopwatch(lambda: a @ b, device) for _ in range(tries))
 
 
-def machine(device: torch.device) -> str:
-    """General description of the machine."""
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    return f"{cores()} CPU cores, {accelerator}"
-
-
 def result(benchmark: str, size: str, about: str, device: torch.device) -> dict[str, Any]:
     """Header of every result: what was measured, where and when."""
     import transformers
 
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     return {
         "benchmark": benchmark,
         "size": size,
         "about": about,
-        "machine": machine(device),
+        "machine": f"{cores()} CPU cores, {accelerator}",
         "clock": "wall time" if device.type == "cuda" else f"CPU time of the process, {torch.get_num_threads()} thread",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,

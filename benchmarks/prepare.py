@@ -58,14 +58,11 @@ def generate(folder: Path, images: int, copies: int, width: int = WIDTH, height:
     return load_settings().data.model_copy(update={"source": "llava", "llava": llava})
 
 
-def decode(folder: Path) -> int:
-    """Pillow alone: open, decode, convert to RGB. Returns the number of images."""
-    count = 0
+def decode(folder: Path) -> None:
+    """Pillow alone: open, decode, convert to RGB."""
     for path in sorted((folder / "images").iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             image.convert("RGB").load()
-        count += 1
-    return count
 
 
 def rate(images: int = IMAGES, copies: int = COPIES, repeats: int = REPEATS) -> dict[str, Any]:

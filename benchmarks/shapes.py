@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2Config, SiglipVisionConfig
 
 from components.align_ti.batch import Batch
 from components.cost.shapes import LANGUAGE_MODELS, SIGLIP, Language, Tower
@@ -137,15 +137,9 @@ def llava(language: Language, tower: Tower, device: torch.device, dtype: torch.d
         image_seq_length=tower.tokens,
         tie_word_embeddings=language.tied,
     )
-    config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
-    default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default_dtype)
+    with device:
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.model.vision_tower.parameters():

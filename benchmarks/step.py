@@ -10,9 +10,11 @@ the same. The learning rate is 0, so that every step of every arm starts from th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -233,33 +235,28 @@ def _standing(bench: Bench) -> int:
     return measure.bytes_of([*(p.data for p in models), *state])
 
 
-def _parts(bench: Bench, loss: Callable[[], Tensor], steps: int = 2) -> dict[str, float]:
-    """Share of a step's time per part, over `steps` separate steps."""
-    parts = measure.Parts(bench.device)
-    student, teacher = bench.student, bench.teacher
-    timed_methods: list[tuple[Any, str, str]] = [
-        (student, "features", "student plain"),
-        (student, "plain", "student plain"),
-        (teacher, "features", "teacher plain"),
-        (teacher, "plain", "teacher plain"),
-        (student, "continued", "ribbon"),
-        (teacher, "continued", "ribbon"),
-    ]
-    for owner, method, name in timed_methods:
-        object.__setattr__(owner, method, parts.part(name)(getattr(owner, method)))
-    try:
-        for _ in range(steps):
-            with parts.part("forward"), bench.autocast():
+def _parts(bench: Bench, loss: Callable[[], Tensor]) -> dict[str, float]:
+    """Share of a step's time per part, over two separate steps."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def part(name: str) -> Iterator[None]:
+        start = measure.clock(bench.device)
+        yield
+        seconds[name] += measure.clock(bench.device) - start
+
+    with contextlib.ExitStack() as stack:
+        for role, owner in (("student", bench.student), ("teacher", bench.teacher)):
+            for method, name in {"features": f"{role} plain", "plain": f"{role} plain", "continued": "ribbon"}.items():
+                stack.enter_context(mock.patch.object(owner, method, part(name)(getattr(owner, method))))
+        for _ in range(2):
+            with part("forward"), bench.autocast():
                 value = loss()
-            with parts.part("backward"):
+            with part("backward"):
                 value.backward()  # type: ignore[no-untyped-call]
-            with parts.part("optimiser"):
+            with part("optimiser"):
                 bench.update()
-    finally:
-        for owner, method, _ in timed_methods:
-            object.__delattr__(owner, method)
-    seconds = parts.seconds
-    shares: dict[str, float] = {name: seconds[name] for name in ("student plain", "teacher plain", "ribbon") if name in seconds}
+    shares = {name: seconds[name] for name in ("student plain", "teacher plain", "ribbon") if name in seconds}
     shares["draws, divergence, cross-entropy"] = seconds["forward"] - sum(shares.values())
     shares |= {name: seconds[name] for name in ("backward", "optimiser")}
     return {name: share / sum(shares.values()) for name, share in shares.items()}

@@ -24,9 +24,6 @@ class Goal:
     at_least: bool = False
     others: str = ""
 
-    def met(self, value: float) -> bool:
-        return value >= self.bound if self.at_least else value <= self.bound
-
 
 GOALS = (
     Goal("Align-TI step / vanilla KD step, trained-student entropy", "align_ti_vs_kd", 1.18, others="paper 1.43"),
@@ -84,12 +81,13 @@ def _goal(goal: Goal, results: list[dict[str, Any]]) -> str:
     for result in results:
         if goal.ratio in result["ratios"]:
             value = result["ratios"][goal.ratio]
+            met = value >= goal.bound if goal.at_least else value <= goal.bound
             spread = result.get("quartiles", {}).get(goal.ratio)
             bound = result.get("arithmetic", {}).get(goal.ratio)
             cells.append(
                 f"{result['size']} **{value:.2f}**"
                 + ("" if spread is None else f" ({spread[0]:.2f}..{spread[1]:.2f})")
-                + (" ✓" if goal.met(value) else " ✗" if bound is None else f" ✗, arithmetic alone {bound:.2f}")
+                + (" ✓" if met else " ✗" if bound is None else f" ✗, arithmetic alone {bound:.2f}")
             )
     sign = "≥" if goal.at_least else "≤"
     return f"| {goal.title} | {sign} {goal.bound:.2f} | {goal.others} | {'; '.join(cells) or 'not measured'} |"
