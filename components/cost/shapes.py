@@ -193,29 +193,24 @@ def load_shape(folder: Path) -> Model | None:
     }.get(config.model_type)
     if build is None:
         return None
-    language = replace(language_shape(config.get_text_config()), tied=bool(config.tie_word_embeddings))
+    text = config.get_text_config()
+    language = Language(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        mlp=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        head_dim=getattr(text, "head_dim", None),
+    )
     shape: Model = build(tower_shape(vision), language)
     return shape
-
-
-def language_shape(config: Any) -> Language:
-    """Shape from a language model's configuration."""
-    return Language(
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        mlp=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        head_dim=getattr(config, "head_dim", None),
-    )
 
 
 def tower_shape(config: Any) -> Tower:
     """Shape from a vision tower's configuration, in the field names of SigLIP and CLIP, or of Qwen."""
     qwen = hasattr(config, "depth")
-    gated = config.model_type == "qwen2_5_vl"
     return Tower(
         hidden=config.hidden_size,
         layers=config.depth if qwen else config.num_hidden_layers,
@@ -223,7 +218,7 @@ def tower_shape(config: Any) -> Tower:
         mlp=config.intermediate_size,
         image_px=math.isqrt(getattr(config, "num_position_embeddings", 0)) * config.patch_size if qwen else config.image_size,
         patch_px=config.patch_size,
-        gated=gated,
+        gated=config.model_type == "qwen2_5_vl",
         window=4 * _native(config) if qwen else None,
     )
 
