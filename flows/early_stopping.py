@@ -15,7 +15,7 @@ def diverged(arm: str, above: float | None) -> StopWhen | None:
     """`stop_when` of `dvc_repro.reproduce` for `arm`: a reason once the loss is not finite or `above` times its first."""
     if above is None:
         return None
-    pattern = f"*-distill@{arm}-*.jsonl"
+    pattern = f"*-distill@{arm}-{'?' * 8}.jsonl"  # eight hex digits: `kd` is not `kd-operations`
     # New losses are detected by count: a resumed run appends to its journal, and file times are too coarse.
     earlier = {journal: len(_losses(journal)) for journal in JOURNALS.glob(pattern)}
 

@@ -207,7 +207,7 @@ def test_a_training_whose_loss_explodes_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], stops: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    reason = diverged("kd-seed1", 3.0)
+    reason, of_another_arm = diverged("kd-seed1", 3.0), diverged("kd", 3.0)
     assert reason is not None and reason() is None
     journal = tmp_path / ".runs/journal/20260101T000000-distill@kd-seed1-0a0a0a0a.jsonl"
     journal.parent.mkdir(parents=True)
@@ -215,6 +215,7 @@ def test_a_training_whose_loss_explodes_is_stopped(
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "met')
     os.utime(journal, (0, 0))  # whatever the file's clock says
     assert (reason() is not None) == stops
+    assert of_another_arm is not None and of_another_arm() is None
     again = diverged("kd-seed1", 3.0)
     assert again is not None and again() is None  # an earlier run's end is not the next one's
     other = diverged("kd-seed2", 3.0)
