@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def draft_of(path: Path) -> Iterator[Path]:
     """Temporary neighbour of a file, renamed into place if the block succeeds, so that a crash leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
         yield draft
         with draft.open("rb+") as file:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from components.io import sha256, whole_folder, write_bytes
+from components.io import draft_of, sha256, whole_folder, write_bytes
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +26,20 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeyp
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_that_write_one_file_do_not_take_each_others_draft(tmp_path: Path) -> None:
+    path, writers = tmp_path / "file", 2
+    at_once = threading.Barrier(writers)
+
+    def write(content: str) -> None:
+        with draft_of(path) as draft:
+            draft.write_text(content)
+            at_once.wait(60)  # both drafts are there
+
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(write, ["a", "b"]))
+    assert path.read_text() in ("a", "b") and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_digest_depends_on_contents_and_names_and_on_nothing_else(tmp_path: Path) -> None:
