@@ -21,7 +21,7 @@ from typing import Any
 from components.config.runtime import RuntimeSettings
 from components.tracking.journal import Run, warn
 
-SAMPLE_S = 10
+SAMPLE_S, FIRST_S = 10, 0.2  # between two samples, and before the first
 POWERCAP = Path("/sys/class/powercap")
 GPU_WH, CPU_WH, DEVICE_HOURS = "usage/gpu_wh", "usage/cpu_wh", "usage/device_hours"
 MJ_PER_WH, UJ_PER_WH, MB = 3.6e6, 3.6e9, 1e6
@@ -144,7 +144,11 @@ def metered(run: Run, runtime: RuntimeSettings) -> Iterator[None]:
     meter, done = Meter(gpu_counters, rapl_counters), threading.Event()
 
     def sample_loop() -> None:
+        import psutil
+
         with _warn_on_fault():
+            psutil.cpu_percent()  # load since the last call of this thread: 0 at its first
+            done.wait(FIRST_S)
             for step in itertools.count():
                 run.metrics(meter.sample(), step)
                 if done.wait(SAMPLE_S):

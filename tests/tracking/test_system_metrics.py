@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -151,11 +152,14 @@ def final_metrics(events: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def test_a_stage_records_what_it_used(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = itertools.chain([0.0], itertools.repeat(50.0))  # psutil's first value means nothing
+    monkeypatch.setattr("psutil.cpu_percent", lambda: next(loads))
     events = stage(monkeypatch, Nvml(), lambda: gains(powercap, "intel-rapl:1", 3_600_000_000))
     samples = [e for e in events if e["event"] == "metrics" and "system/gpu_1_power_usage_watts" in e["values"]]
     assert [e["step"] for e in samples] == list(range(len(samples))) and len(samples) >= 3
     assert samples[0]["values"]["system/gpu_0_memory_usage_percentage"] == 25
     assert 0 < samples[0]["values"]["system/process_memory_usage_megabytes"] < 1e6
+    assert samples[0]["values"]["system/cpu_utilization_percentage"] == 50
     final = final_metrics(events)
     assert final[system_metrics.CPU_WH] == pytest.approx(1.0)
     assert final[system_metrics.GPU_WH] == pytest.approx(4.0)
