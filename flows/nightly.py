@@ -1,6 +1,7 @@
 """Nightly flow: if anything changed since the champion, train what is stale, compare, promote or report why not.
 
-Changes are: new raw data, drift of the prepared set's figures, and code or params other than the champion's.
+Changes are: new raw data, drift of the prepared set's figures, another recipe, and committed code or params other than the
+champion's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from components.records.dataset import Manifest
 from components.records.paths import DATASET, RAW
 from components.tracking import provenance
 from components.tracking.mlflow_registry import Version
+from components.tracking.stage_run import nearest_recipe
 from flows import dvc_repro, notify, promote
 from flows.pipeline import RecipeName, end_with_worker, folder, pipeline, run_name, tag
 
@@ -67,17 +69,20 @@ def retrain_reasons(champion: Version | None, manifest: Manifest, drift_above: f
     figures = json.loads(champion.tags.get("data.statistics", "{}"))
     if figures and (drifted := drift.changed_statistics(figures, drift.statistics(manifest), drift_above)):
         reasons.append(f"the prepared set has moved: {', '.join(drifted)}")
+    recipe, champion_recipe = (tags.get("recipe", "not known") for tags in (nearest_recipe().tag, champion.tags))
+    if recipe != champion_recipe:
+        reasons.append(f"another recipe: {recipe}, the champion's was {champion_recipe}")
     if code_changes := _changed_since(champion.tags.get("mlflow.source.git.commit")):
         reasons.append(code_changes)
     return reasons
 
 
 def _changed_since(commit: str | None) -> str | None:
-    """Text on code or params that differ from those of `commit`; None if they are equal."""
+    """Text on committed code or params that differ from those of `commit`; None if they are equal."""
     if commit is None:
         return "it is not known which code made the champion"
     code = [path for path in provenance.CODE if path != f"{RAW}.dvc"]  # new data is a separate reason
-    output = provenance.git("diff", "--name-only", commit, "--", *code, "params")
+    output = provenance.git("diff", "--name-only", commit, "HEAD", "--", *code, "params")
     if output is None:
         return f"the champion's commit {commit[:12]} is not in this clone"
     files = output.split()
