@@ -56,10 +56,10 @@ class BudgetSpent(AlignTIError):
 
 
 class Budget:
-    """Device seconds used by the study's arms, earlier runs included."""
+    """Seconds used by the study's arms on `devices` each, earlier runs included."""
 
-    def __init__(self, hours: float | None) -> None:
-        self._seconds = None if hours is None else 3600 * hours
+    def __init__(self, hours: float | None, devices: int) -> None:
+        self._hours, self._devices = hours, devices
         self._spent: dict[str, float] = {}
         self._reserved: dict[str, float] = {}
         self._changed = threading.Condition()
@@ -67,11 +67,12 @@ class Budget:
     def reserve(self, arm: str) -> None:
         """Raises BudgetSpent if an arm of mean cost would pass the cap. The first runs alone, as the first estimate."""
         with self._changed:
-            self._changed.wait_for(lambda: self._seconds is None or self._spent or not self._reserved)
+            self._changed.wait_for(lambda: self._hours is None or self._spent or not self._reserved)
             expected = sum(self._spent.values()) / len(self._spent) if self._spent else 0.0
             total = sum(self._spent.values()) + sum(self._reserved.values())
-            if self._seconds is not None and total + expected > self._seconds:
-                raise BudgetSpent(f"{arm} is not run: {total / 3600:.2f} of {self._seconds / 3600:g} device hours are spent")
+            per_hour = 3600 / self._devices
+            if self._hours is not None and total + expected > self._hours * per_hour:
+                raise BudgetSpent(f"{arm} is not run: {total / per_hour:.2f} of {self._hours:g} device hours are spent")
             self._reserved[arm] = expected
 
     def spend(self, arm: str, seconds: float) -> None:
@@ -144,7 +145,8 @@ def study(
             run.tag("study", name)
             pool = RemoteStages(name, workspace.head(), recipe, run.id) if over_pool else None
             record = _recorder(name, cells, runtime)
-            outcomes = _run(cells, plan, run.id, parallel or (MAX_SUBMITTED if pool else 1), record, pool)
+            budget = Budget(plan.device_hours, runtime.devices)
+            outcomes = _run(cells, plan, run.id, parallel or (MAX_SUBMITTED if pool else 1), budget, record, pool)
             for arm, arm_outcome in outcomes.items():
                 run.tag(f"cell.{arm}", arm_outcome)
             mlflow_sync.try_sync(runtime.tracking_uri)
@@ -172,10 +174,16 @@ def _recorder(name: str, cells: list[Cell], runtime: RuntimeSettings) -> Callabl
 
 
 def _run(
-    cells: list[Cell], plan: Study, parent: str, parallel: int, record: Callable[[Cell], None], pool: RemoteStages | None
+    cells: list[Cell],
+    plan: Study,
+    parent: str,
+    parallel: int,
+    budget: Budget,
+    record: Callable[[Cell], None],
+    pool: RemoteStages | None,
 ) -> dict[str, str]:
     """Run the shared stages, then the arms; returns the outcome per arm."""
-    slots, budget = threading.Semaphore(parallel), Budget(plan.device_hours)
+    slots = threading.Semaphore(parallel)
     if pool:
         pool.restore_or_run("shared", list(_shared(cells)), lambda stage: run_stage(stage, parent, UNLIMITED))
     else:

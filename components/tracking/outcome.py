@@ -60,7 +60,7 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
             **{f"exact_match/{kind}": value for kind, value in scores.per_kind.items()},
             **{name: value for name in PER_TOKEN if (value := getattr(scores, name)) is not None},
             "cost/train_seconds": cost.train_seconds,
-            "cost/device_hours": cost.train_seconds / 3600,
+            "cost/device_hours": runtime.devices * cost.train_seconds / 3600,
             **({} if cost.step_seconds is None else {"cost/step_seconds": cost.step_seconds}),
             "cost/peak_memory_mib": cost.peak_memory_mib,
             "cost/steps": cost.steps,

@@ -164,18 +164,25 @@ def test_the_arms_of_a_study_that_is_stopped_are_recorded(clone: Path, monkeypat
 
 
 def test_no_arm_is_started_that_would_pass_the_budget() -> None:
-    budget = Budget(hours=1.0)
+    budget = Budget(hours=1.0, devices=1)
     budget.reserve("a")  # nothing is known of what an arm takes
     budget.spend("a", 1500)
     budget.reserve("b")
     budget.spend("b", 1500)
     with pytest.raises(BudgetSpent, match=r"c is not run: 0\.83 of 1 device hours are spent"):
         budget.reserve("c")
-    Budget(hours=None).reserve("c")
+    Budget(hours=None, devices=1).reserve("c")
+
+
+def test_an_arm_on_two_devices_spends_the_hours_of_both() -> None:
+    budget = Budget(hours=1.0, devices=2)
+    budget.spend("a", 1500)
+    with pytest.raises(BudgetSpent, match=r"b is not run: 0\.83 of 1 device hours are spent"):
+        budget.reserve("b")
 
 
 def test_arms_that_run_count_as_what_the_others_took() -> None:
-    budget = Budget(hours=1.0)
+    budget = Budget(hours=1.0, devices=1)
     budget.reserve("a")
     budget.spend("a", 1500)
     budget.reserve("b")
@@ -184,7 +191,7 @@ def test_arms_that_run_count_as_what_the_others_took() -> None:
 
 
 def test_with_a_cap_nothing_begins_beside_the_first_whose_cost_nobody_knows() -> None:
-    budget, began = Budget(hours=1.0), threading.Event()
+    budget, began = Budget(hours=1.0, devices=1), threading.Event()
     budget.reserve("a")
 
     def second() -> None:

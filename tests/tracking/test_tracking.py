@@ -459,7 +459,7 @@ def test_an_outcome_is_recorded_once_beside_no_parent_and_found_by_the_page_that
         Cost(train_seconds=36.0, peak_memory_mib=1.0, device="cpu", steps=3).write(STUDENTS / arm / "cost.json")
         varied = outcome.varied({"kd": {"weights": {"kd": 1}, "seed": 1}, "kd-1": {"weights": {}, "seed": 1}})[arm]
         for _ in range(2):
-            key = outcome.record(arm, "0123", varied, runtime())
+            key = outcome.record(arm, "0123", varied, runtime().model_copy(update={"devices": 2}))
         keys.append(key)
     assert len(journals()) == 2 and outcome.comparison(keys[:1], "http://x") is None
     assert mlflow_sync.sync(SQLITE) == (2, 0)
@@ -474,7 +474,7 @@ def test_an_outcome_is_recorded_once_beside_no_parent_and_found_by_the_page_that
     assert "mlflow.parentRunId" not in run.data.tags
     assert run.info.status == "FINISHED"
     assert (run.data.tags["stage"], run.data.tags["dvc.md5"], run.data.params) == ("arm", "0123", {"weights.kd": "0.0"})
-    assert run.data.metrics["exact_match"] == 0.5 and run.data.metrics["cost/device_hours"] == 0.01
+    assert run.data.metrics["exact_match"] == 0.5 and run.data.metrics["cost/device_hours"] == 0.02  # two devices, 36 s
     address = outcome.comparison(keys, "http://x")
     assert address and all(run.info.run_id in address for run in by_name.values())
 
