@@ -19,11 +19,10 @@ from pathlib import Path
 
 from components.errors import InputError, TryAgainError
 from components.process import is_free, locked
-from components.records.paths import RUNS
+from components.records.paths import RUNS, WORKSPACES
 from components.tracking import provenance
 from flows import dvc
 
-FOLDERS = RUNS / "workspaces"
 SHARED = (RUNS, Path(".mlflow"))
 AUTHOR = ["-c", "user.name=alignti", "-c", "user.email=alignti@localhost"]  # git may have no user configured
 
@@ -37,12 +36,12 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"{name!r} cannot name a folder and a branch: letters, digits, `.`, `_` and `-`")
     main = Path.cwd()
-    folder = (FOLDERS / name).resolve()
+    folder = (WORKSPACES / name).resolve()
     for shared in SHARED:
         shared.mkdir(exist_ok=True)
-    FOLDERS.mkdir(exist_ok=True)
+    WORKSPACES.mkdir(exist_ok=True)
     sweep()
-    with locked(FOLDERS / f"{name}.lock"):  # held for the run's life: `sweep` removes those that are free
+    with locked(WORKSPACES / f"{name}.lock"):  # held for the run's life: `sweep` removes those that are free
         _git("worktree", "add", "--quiet", "-B", f"runs/{name}", str(folder), _resolve_commit(commit))
         try:
             for shared in SHARED:
@@ -74,13 +73,13 @@ def _resolve_commit(commit: str) -> str:
 
 def dead_workspaces() -> list[str]:
     """Names of the worktrees whose runs died; their finished stages are in the cache."""
-    return [lock.stem for lock in sorted(FOLDERS.glob("*.lock")) if is_free(lock)]
+    return [lock.stem for lock in sorted(WORKSPACES.glob("*.lock")) if is_free(lock)]
 
 
 def sweep() -> None:
     """Remove the worktrees of runs that died."""
     for name in dead_workspaces():
-        with suppress(TryAgainError), locked(FOLDERS / f"{name}.lock", "another run removes it"):
+        with suppress(TryAgainError), locked(WORKSPACES / f"{name}.lock", "another run removes it"):
             _remove(name)
 
 
@@ -89,7 +88,7 @@ def prune(days: float) -> list[str]:
     listed = _git("for-each-ref", "--format=%(refname:short) %(committerdate:unix)", "refs/heads/runs").splitlines()
     dated_branches = [line.rsplit(" ", 1) for line in listed]
     old = [branch for branch, timestamp in dated_branches if int(timestamp) <= time.time() - days * 86400]
-    ended = [branch for branch in old if not (FOLDERS / branch.removeprefix("runs/")).exists()]
+    ended = [branch for branch in old if not (WORKSPACES / branch.removeprefix("runs/")).exists()]
     if ended:
         _git("branch", "--quiet", "-D", *ended)
     return ended
@@ -104,10 +103,10 @@ def _commit_results(name: str) -> None:
 
 
 def _remove(name: str) -> None:
-    folder = FOLDERS / name
+    folder = WORKSPACES / name
     if folder.exists():
         _git("worktree", "remove", "--force", str(folder))
-    (FOLDERS / f"{name}.lock").unlink(missing_ok=True)
+    (WORKSPACES / f"{name}.lock").unlink(missing_ok=True)
 
 
 def _git(*args: str) -> str:

@@ -18,6 +18,7 @@ STUDENTS = Path("artifacts/students")
 SCORES = Path("artifacts/scores")
 REPORTS = Path("reports")
 RUNS = Path(".runs")  # checkpoints, journals, run records: neither git's nor DVC's
+WORKSPACES = RUNS / "workspaces"  # worktrees of flow runs, whose `.runs` is a link to this one (flows/workspace.py)
 DUMPS = RUNS / "dumps"  # dumps of steps with a non-finite loss
 TEACHER_ARM = "teacher"  # name of the teacher's scores beside the arms'
 Split = Literal["train", "val", "test"]

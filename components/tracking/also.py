@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.io import write_text
+from components.records.paths import WORKSPACES
 from components.tracking.journal import events_from, first_event, warn
 
 PAUSE_S = 3
@@ -31,13 +32,19 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def _home() -> Path:
+    """This folder, or for a workspace, which is removed with its flow run, the folder that it belongs to."""
+    workspaces = WORKSPACES.resolve()
+    return workspaces.parents[1] if Path.cwd().parent == workspaces else Path.cwd()
+
+
 class TensorBoard:
     """An event file per run."""
 
     def __init__(self, start: Line, run: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(EVENTS / start["name"].replace("/", "-") / run))
+        self._writer: Any = SummaryWriter(str(_home() / EVENTS / start["name"].replace("/", "-") / run))
 
     def log(self, line: Line) -> None:
         if line["event"] == "metrics":
@@ -59,6 +66,7 @@ class WandB:
         import wandb
 
         os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_DIR", str(_home()))
         wandb_settings = wandb.Settings(silent=True, disable_git=True, save_code=False, console="off", x_disable_stats=True)
         self._exit_code = 1  # of a stage that died before its end event
         tags = [f"{name}:{start['tags'][name]}"[:64] for name in ("stage", "recipe") if name in start["tags"]]

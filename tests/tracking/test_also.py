@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from components.records.paths import RUNS, WORKSPACES
 from components.tracking import also
 from components.tracking.stage_run import stage_run
 from tests.tracking.test_tracking import journals, runtime, work
@@ -45,6 +46,15 @@ def test_a_journal_is_handed_on_once_whatever_interrupts_it() -> None:
     also.follow("noted", journal)
     assert Noted.lines[:2] == ["distill/align_ti", "params"] and Noted.lines[-2:] == ["end", "closed"]
     assert also._unsent_lines(journal, journal.with_suffix(".noted")) == []
+
+
+def test_curves_outlive_the_workspace_of_a_flow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert also._home() / also.EVENTS == tmp_path / ".tensorboard"
+    workspace = tmp_path / WORKSPACES / "pipeline-0a0a0a0a"
+    workspace.mkdir(parents=True)
+    (workspace / RUNS).symlink_to(tmp_path / RUNS)
+    monkeypatch.chdir(workspace)
+    assert also._home() / also.EVENTS == tmp_path / ".tensorboard"
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
