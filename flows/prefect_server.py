@@ -14,6 +14,7 @@ from prefect.server.api.server import create_app
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from components.evaluate.kits.serve import is_loopback
+from flows.server_setup import in_url
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     args = parser.parse_args()
-    allowed_hosts = [args.host, "localhost", "127.0.0.1"] if is_loopback(args.host) else ["*"]
+    allowed_hosts = [in_url(args.host), "localhost", "127.0.0.1"] if is_loopback(args.host) else ["*"]
     app = TrustedHostMiddleware(create_app(final=True), allowed_hosts=allowed_hosts)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 

@@ -44,6 +44,11 @@ def password(host: str) -> str | None:
     return auth
 
 
+def in_url(host: str) -> str:
+    """Host as URLs and Host headers have it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def databases(postgres: str | None) -> dict[Name, str]:
     """SQLAlchemy URL of each server's database; missing databases of PostgreSQL are created."""
     if postgres is None:

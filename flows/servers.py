@@ -55,7 +55,7 @@ class Server:
     @property
     def url(self) -> str:
         host = LOOPBACK if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{server_setup.in_url(host)}:{self.port}"
 
     @property
     def page(self) -> str:

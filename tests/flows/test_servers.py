@@ -145,6 +145,12 @@ def test_a_proxy_is_not_asked_for_servers_of_this_machine(direct: dict[str, str]
         server.shutdown()
 
 
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    assert [Server("prefect", 0, 0.0, host, 4200).url for host in ("::1", "::", "gpu-box")] == [
+        "http://[::1]:4200", "http://127.0.0.1:4200", "http://gpu-box:4200",
+    ]  # fmt: skip
+
+
 class Healthy(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
