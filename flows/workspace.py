@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from components.errors import InputError, TryAgainError
+from components.errors import NO_ROOM, InputError, TryAgainError
 from components.process import is_free, locked
 from components.records.paths import RUNS, WORKSPACES
 from components.tracking import provenance
@@ -54,9 +54,11 @@ def workspace(name: str, commit: str = "HEAD") -> Iterator[Path]:
             dvc.push_to_pool()
         finally:
             os.chdir(folder)
-            _commit_results(name)
-            os.chdir(main)
-            _remove(name)
+            try:
+                _commit_results(name)
+            finally:
+                os.chdir(main)
+                _remove(name)
 
 
 def head() -> str:
@@ -114,5 +116,7 @@ def _git(*args: str) -> str:
         raise InputError("a workspace of its own is a worktree of git, and there is no git here")
     result = subprocess.run(["git", *args], capture_output=True, text=True)
     if result.returncode:
-        raise InputError(f"`git {args[0]}` failed in {Path.cwd()}: {result.stderr.strip()[-500:]}")
+        no_room = any(os.strerror(number) in result.stderr for number in NO_ROOM)
+        message = f"`git {args[0]}` failed in {Path.cwd()}: {result.stderr.strip()[-500:]}"
+        raise (TryAgainError if no_room else InputError)(message)
     return result.stdout.strip()

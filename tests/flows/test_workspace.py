@@ -1,0 +1,44 @@
+"""Worktrees of flow runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from components.errors import InputError, TryAgainError
+from flows import workspace
+from tests.flows.conftest import git
+
+
+@pytest.mark.parametrize(
+    ("git_says", "error"),
+    [
+        ("unable to write loose object file: No space left on device", TryAgainError),
+        ("pathspec 'params' did not match any files", InputError),
+    ],
+)
+def test_a_run_whose_results_git_does_not_take_leaves_no_worktree(
+    project: Path, git_says: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git("init", "--quiet")
+    (project / ".dvc/config").write_text("")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "all")
+    run_git = workspace._git
+
+    def refusing(*args: str) -> str:
+        if args[0] != "add":
+            return run_git(*args)
+        (project / "bin").mkdir()
+        (project / "bin/git").write_text(f'#!/bin/sh\necho "fatal: {git_says}" >&2; exit 128\n')
+        (project / "bin/git").chmod(0o700)
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", f"{project}/bin:/bin")
+            return run_git(*args)
+
+    monkeypatch.setattr(workspace, "_git", refusing)
+    with pytest.raises(error, match=r"`git add` failed in .*/workspaces/mine: fatal: "), workspace.workspace("mine"):
+        pass
+    assert Path.cwd() == project
+    assert not list(workspace.WORKSPACES.glob("*"))
