@@ -116,15 +116,13 @@ def stock(bench: Bench, kit: str, arm: str, tasks: Sequence[str], blank: bool) -
     files_alone = all(task.endswith(".tsv") or task in CHOICE_TASKS for task in tasks)
     installed_kit = vlmeval.kit(full=False) if files_alone else vlmeval.kit_for_benchmarks()
     kit_tasks = [_write_choice_task(bench, FOLDER / kit / arm, task) if task in CHOICE_TASKS else task for task in tasks]
-    for task in kit_tasks:
-        if task.endswith(".tsv"):
-            vlmeval.check_tsv(Path(task.rpartition("=")[2]))  # fails before the server starts
+    vlmeval.check_files(task for task in kit_tasks if task.endswith(".tsv"))  # fails before the server starts
     with _session(bench, arm, model, installed_kit) as session:
         return vlmeval.score_tasks(session, kit_tasks, blank)
 
 
 def _write_choice_task(bench: Bench, folder: Path, task: str) -> str:
-    """TSV of a task in TURNED. Raises InputError if the split has no multiple choice."""
+    """TSV of a task in CHOICE_TASKS. Raises InputError if the split has no multiple choice."""
     choice_sets = [kit_set for kit_set in export.sets(bench.samples, bench.rows) if kit_set.form == "mcq"]
     if not choice_sets:
         raise InputError(f"--task {task}: the {bench.settings.evaluate.split} split has no multiple choice")

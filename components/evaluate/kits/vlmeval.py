@@ -21,11 +21,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from components.config.yaml_file import is_number
 from components.dataset.shards import Sample
 from components.errors import DataError, InputError, TryAgainError
+from components.evaluate.benchmarks import BENCHMARKS
 from components.evaluate.kits import export
 from components.evaluate.kits.client import Endpoint
 from components.evaluate.kits.scores import KitResult
@@ -55,6 +56,7 @@ except importlib.metadata.PackageNotFoundError:
     folder = pathlib.Path(importlib.util.find_spec("vlmeval").submodule_search_locations[0])
     print(subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout)
 """  # prints the package's version, or the commit of a checkout
+KIT_NAMES = {benchmark.kit_dataset for benchmark in BENCHMARKS.values()}
 LONGEST_FIELD = 2**27  # maximum characters of one TSV field: a base64 image
 
 
@@ -77,6 +79,14 @@ class Session:
     journal: Path
     new_tokens: int
     title: str = "vlmeval"  # title of the progress bar
+
+
+class QuestionFile(NamedTuple):
+    """TSV file in the kit's format, named on the command line."""
+
+    path: Path
+    form: str  # as in Job.sets
+    questions: int
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,7 @@ def score_tasks(session: Session, tasks: Sequence[str], blank: bool = False) -> 
     files = [task for task in tasks if task.endswith(".tsv")]
     figures: dict[str, float] = {}
     if files:
-        figures |= _score_job(session, _files(files, _fresh_data_folder(session.folder), blank))
+        figures |= _score_job(session, _files(check_files(files), _fresh_data_folder(session.folder), blank))
     benchmarks = [task for task in tasks if task not in files]
     if benchmarks:
         data_folder = Path(os.environ.get(DATA) or "~/LMUData").expanduser()
@@ -216,27 +226,40 @@ def score_tasks(session: Session, tasks: Sequence[str], blank: bool = False) -> 
     return figures
 
 
-def _files(tasks: Sequence[str], data: Path, blank: bool) -> Job:
-    """Job over TSV files, checked and copied to the kit's data folder."""
-    sets, md5, questions = dict[str, str](), dict[str, str](), 0
-    for task in tasks:
-        benchmark, _, name = task.rpartition("=")
-        file = Path(name)
-        form, rows = check_tsv(file)
-        questions += rows
-        if benchmark:
-            sets[benchmark] = "stock"
-            copied = shutil.copyfile(file, data / f"{benchmark}.tsv")
-            md5[benchmark] = hashlib.md5(copied.read_bytes(), usedforsecurity=False).hexdigest()
-        elif form == "yes_no":
+def check_files(tasks: Iterable[str]) -> dict[str, QuestionFile]:
+    """TSV files of the tasks by the names of their data sets. Raises InputError for a name that two have, or of a benchmark
+    whose rule would not be used; DataError as `check_tsv`."""
+    files: dict[str, QuestionFile] = {}
+    for task in dict.fromkeys(tasks):
+        benchmark, _, path = task.rpartition("=")
+        form, questions = check_tsv(Path(path))
+        name = benchmark or f"{Path(path).stem}{'_POPE' * (form == 'yes_no')}"
+        if not benchmark and name in KIT_NAMES:
+            raise InputError(f"{path} has a benchmark's name: --task {name}={path} scores it by its rule; else rename the file")
+        if form == "mcq" and not benchmark:
+            unnamed = [line["index"] for line in table(Path(path)) if not line.get(line["answer"])]
+            if unnamed:
+                raise DataError(f"{path}: the answer of index {unnamed[0]} is not the letter of one of its options")
+        if name in files:
+            raise InputError(f"{files[name].path} and {path} would both be data set {name}: rename one, or run it by itself")
+        files[name] = QuestionFile(Path(path), "stock" if benchmark else form, questions)
+    return files
+
+
+def _files(files: Mapping[str, QuestionFile], data: Path, blank: bool) -> Job:
+    """Job over checked files, copied to the kit's data folder."""
+    md5: dict[str, str] = {}
+    for name, file in files.items():
+        if file.form == "yes_no":
             # The kit requires a category and compares answers with `Yes` and `No`, case-sensitive.
-            lines = [{"category": "all", **line, "answer": normalise(line["answer"]).capitalize()} for line in table(file)]
-            sets[f"{file.stem}_POPE"] = form
-            write_table(data / f"{file.stem}_POPE.tsv", lines, delimiter="\t")
-        else:
-            sets[file.stem] = form
-            shutil.copyfile(file, data / f"{file.stem}.tsv")
-    return Job(data, sets, questions, md5=md5, blank=blank)
+            lines = [{"category": "all", **line, "answer": normalise(line["answer"]).capitalize()} for line in table(file.path)]
+            write_table(data / f"{name}.tsv", lines, delimiter="\t")
+            continue
+        copied = shutil.copyfile(file.path, data / f"{name}.tsv")
+        if file.form == "stock":
+            md5[name] = hashlib.md5(copied.read_bytes(), usedforsecurity=False).hexdigest()
+    questions = sum(file.questions for file in files.values())
+    return Job(data, {name: file.form for name, file in files.items()}, questions, md5=md5, blank=blank)
 
 
 def _score_job(session: Session, job: Job) -> dict[str, float]:
@@ -277,6 +300,12 @@ def check_tsv(path: Path) -> tuple[export.Form, int]:
     missing = {"index", "question", "answer"} - columns
     if not lines or missing or not columns & {"image", "image_path"}:
         raise DataError(f"{path}: needs the columns index, question, answer and image or image_path, and a row")
+    uneven = [line["index"] for line in lines if None in line or None in line.values()]
+    if uneven:
+        raise DataError(
+            f"{path}: index {uneven[0]} has more or fewer cells than the header: a tab or a quote in a text, perhaps;"
+            ' put such a text in "...", with each quote in it doubled'
+        )
     problems = [f"index {index} stands {n} times" for index, n in Counter(line["index"] for line in lines).items() if n > 1]
     images = {line["index"]: line.get("image", "") for line in lines}
     for line in lines:
@@ -306,11 +335,13 @@ def _is_picture(image: str) -> bool:
 
 
 def table(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a CSV or TSV, as text. Raises DataError if the file is missing."""
+    """Rows of a CSV or TSV, as text. Raises DataError if the file is missing, or no UTF-8."""
     csv.field_size_limit(LONGEST_FIELD)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text ({error.reason}); save it as UTF-8") from None
     except FileNotFoundError:
         raise DataError(f"{path}: the kit did not write it; {path.parent.parent / 'kit.log'} says what it did") from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from components.dataset.shards import Sample, Turn
-from components.errors import DataError
+from components.errors import DataError, InputError
 from components.evaluate.kits import export, vlmeval
 from tests.evaluate import tiny
 
@@ -117,3 +117,36 @@ def test_a_file_that_the_kit_would_mix_up_or_thin_out_is_refused_by_row(tmp_path
     for broken in (tmp_path / "none.tsv", tsv(tmp_path / "empty.tsv")):
         with pytest.raises(DataError):
             vlmeval.check_tsv(broken)
+
+
+@pytest.mark.parametrize("row", ["\tq", '\t"q\tyes\n2\t1\tr\tno', "\tq\tyes\tno"])
+def test_a_row_with_other_cells_than_the_header_is_refused(tmp_path: Path, row: str) -> None:
+    with pytest.raises(DataError, match="index 1 has more or fewer cells than the header: a tab or a quote"):
+        vlmeval.check_tsv(tsv(tmp_path / "mine.tsv", f"1\t{IMAGE}{row}"))
+
+
+def test_a_file_may_have_a_byte_order_mark_and_is_utf_8(tmp_path: Path) -> None:
+    path = tsv(tmp_path / "mine.tsv", f"1\t{IMAGE}\tq\tcaf\u00e9")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8-sig")
+    assert vlmeval.check_tsv(path) == ("vqa", 1)
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=r"mine.tsv is no UTF-8 text .*; save it as UTF-8"):
+        vlmeval.check_tsv(path)
+
+
+def test_no_file_takes_the_place_of_another_or_of_a_benchmark(tmp_path: Path) -> None:
+    """The second would have overwritten the first; the leaderboard would have shown the third as MMBench."""
+    (tmp_path / "b").mkdir()
+    first, second = (str(tsv(folder / "mine.tsv", f"1\t{IMAGE}\tq\tred")) for folder in (tmp_path, tmp_path / "b"))
+    assert list(vlmeval.check_files([first, first, f"MMStar={second}"])) == ["mine", "MMStar"]
+    for tasks in ([first, second], [f"MMStar={first}", f"MMStar={second}"]):
+        with pytest.raises(InputError, match=r"mine.tsv and .*b/mine.tsv would both be data set (mine|MMStar): rename one"):
+            vlmeval.check_files(tasks)
+    lettered = tmp_path / "lettered.tsv"
+    lettered.write_text(f"index\timage\tquestion\tanswer\tA\tB\n1\t{IMAGE}\tq\tA\tred\tblue\n2\t1\tq\tred\tred\tblue\n")
+    with pytest.raises(DataError, match="the answer of index 2 is not the letter of one of its options"):
+        vlmeval.check_files([str(lettered)])  # the kit would count every answer as wrong
+    named = tsv(tmp_path / "MMBench_DEV_EN.tsv", f"1\t{IMAGE}\tq\tred")
+    with pytest.raises(InputError, match=rf"--task MMBench_DEV_EN={named} scores it by its rule"):
+        vlmeval.check_files([str(named)])
