@@ -52,23 +52,25 @@ def leading(comparison: Comparison) -> str:
     """Sentences on the leading arms: leads that exceed the noise, and those that hold after Holm's correction."""
     leading_arms = leaders(comparison)
     leads = {pair.against: pair for pair in comparison.pairs if pair.arm == leading_arms[0]}
-    others = [arm for arm in comparison.order[len(leading_arms) :] if not leads[arm].differs]
+    rest = comparison.order[len(leading_arms) :]
+    others = [arm for arm in rest if not leads[arm].differs]
     verb = "answers" if len(leading_arms) == 1 else "each answer"
     score = format_score(comparison.arms[leading_arms[0]])
     text = f"{join_names(leading_arms)} {verb} {score} of the {comparison.split} questions right"
-    if len(leading_arms) == len(comparison.order):
+    if not rest:
         return f"{text}."
     text += f", the most of {len(comparison.order)} arms."
     if not others:
         return f"{text} No other arm was measured in the same way, so none compares with it."
+    alike = "" if others == rest else " measured in the same way"
     above_noise = [arm for arm in others if leads[arm].larger_than_noise]
     below_noise = [arm for arm in others if not leads[arm].larger_than_noise]
     lead = "Its lead" if len(leading_arms) == 1 else f"The lead of {leading_arms[0]}"
     larger = f"larger than the noise of {noise_of(comparison)}"
     if not above_noise:
-        over = "no other arm is" if len(others) > 1 else f"{others[0]} is not"
+        over = f"no other arm{alike} is" if len(others) > 1 else f"{others[0]} is not"
         return f"{text} {lead} over {over} {larger}."
-    text += f" {lead} over {join_names(above_noise) if below_noise else 'every other arm'} is {larger}"
+    text += f" {lead} over {join_names(above_noise) if below_noise else f'every other arm{alike}'} is {larger}"
     text += f"; over {join_names(below_noise)} it is not." if below_noise else "."
     if len(comparison.pairs) == 1:
         return text  # nothing to adjust for

@@ -285,6 +285,11 @@ def test_an_arm_measured_otherwise_is_marked_and_compares_with_nothing(outcomes:
     another = compare(replace(outcomes, fingerprints={**outcomes.fingerprints, "sft": None}), SETTINGS, STUDY)
     assert another.arms["sft"].differs == differences(None, MEASURED)
     assert "over sft" not in another.headline and "sft" not in another.headline.split("Its lead")[1]
+    for interval, lead in (((0.01, 0.02), "every other arm"), ((-0.01, 0.02), "no other arm")):
+        pairs = [pair.model_copy(update={"ci95": interval}) for pair in another.pairs]
+        contrast = another.exact_match.model_copy(update={"pairs": pairs})
+        said = leading(another.model_copy(update={"exact_match": contrast}))
+        assert f"Its lead over {lead} measured in the same way is larger than the noise" in said
 
 
 def test_noise_is_what_the_intervals_say(comparison: Comparison) -> None:
