@@ -42,7 +42,7 @@ class Contamination(Record):
     verbatim: int  # test questions that also occur with the exact or near training image, word for word
     questions: int
     questions_in_training: int  # test questions that occur in training, about any image
-    pairs: list[Pair]  # exact pairs, then near ones, at most LISTED
+    pairs: list[Pair]  # exact pairs, then near ones, at most MAX_PAIRS
 
 
 class _Image(NamedTuple):

@@ -87,6 +87,11 @@ def build(
     published, speeds = read_published(), speed.models if speed is not None else {}
     if teacher.name not in index.teachers:
         raise DataError(f"artifacts/models/index.json has no teacher {teacher.name!r}; `dvc repro` makes both anew")
+    if gone := [arm for arm in comparison.order if arm not in study or study[arm].student not in index.students]:
+        raise DataError(
+            f"reports/compare.json has the arm {gone[0]}, which params/study.yaml or artifacts/models/index.json has not;"
+            " `dvc repro` compares anew"
+        )
     models = {TEACHER_ARM: index.teachers[teacher.name]} | {a: index.students[study[a].student] for a in comparison.order}
     rows = [
         _model_row(name, comparison, model.parameters, speeds.get(name), kit.get(name, {})) for name, model in models.items()

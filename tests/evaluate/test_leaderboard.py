@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.config.study import Arm
+from components.errors import DataError
 from components.evaluate.benchmarks import PAPER
 from components.evaluate.compare import compare
 from components.evaluate.leaderboard import (
@@ -130,6 +131,13 @@ def test_a_kit_s_scores_stand_in_the_paper_s_columns(board: Leaderboard, finishe
     kit |= {"MME/perception": 1000, "MME/cognition": 200, "MMBench_DEV_EN/dev/Overall": 0.25}
     row = next(r for r in build(comparison, INDEX, TEACHER, study, None, {"kd": kit}).rows if r.ours and r.name == "kd")
     assert list(row.scores.values()) == [51.2, 50, 40, 80, 50, 25] and row.average == pytest.approx(296.2 / 6)
+
+
+def test_a_comparison_of_another_recipe_is_told(finished: Finished) -> None:
+    _, comparison, study = finished
+    for other, known in (({}, INDEX), (study, INDEX.model_copy(update={"students": {}}))):
+        with pytest.raises(DataError, match=rf"compare.json has the arm {comparison.order[0]}, .*; `dvc repro`"):
+            build(comparison, known, TEACHER, other, None)
 
 
 def test_noise_beside_each_benchmark(board: Leaderboard) -> None:

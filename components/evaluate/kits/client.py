@@ -29,8 +29,8 @@ class RequestRejected(Exception):
 
 
 def chat_completion(endpoint: Endpoint, parts: Sequence[str | bytes], max_new_tokens: int, timeout_s: float = 600) -> str:
-    """Greedy answer, stripped, to interleaved text and images. Raises Refused for an HTTP error or a malformed response,
-    OSError for no server."""
+    """Greedy answer, stripped, to interleaved text and images. Raises RequestRejected for an HTTP error or a malformed
+    response, OSError for no server."""
     content: list[dict[str, Any]] = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": data_url(part)}}
         for part in parts
