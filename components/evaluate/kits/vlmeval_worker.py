@@ -192,7 +192,7 @@ def _student(job: dict[str, Any]) -> Any:
                 raise self.gone  # the server is gone: fail the remaining questions at once
             paths = [part["value"] for part in message if part["type"] == "image"]
             parts = [Path(part["value"]).read_bytes() if part["type"] == "image" else part["value"] for part in message]
-            if len(paths) < 2:  # text after the image
+            if len(paths) < 2 and not job["plain"]:  # text after the image
                 parts = [*(Path(path).read_bytes() for path in paths), "\n".join(p for p in parts if isinstance(p, str))]
             if job["blank"]:
                 parts = [blank(part) if isinstance(part, bytes) else part for part in parts]

@@ -66,10 +66,10 @@ class Scripted:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 *system_messages, message = body["messages"]
-                question = message["content"][-1]["text"]
+                question = "<image>".join(part["text"] for part in message["content"] if part["type"] == "text")
                 outer.systems += [system["content"] for system in system_messages]
                 outer.questions.append(question)
-                outer.images += [part["image_url"]["url"] for part in message["content"][:-1]]
+                outer.images += [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
                 status, text = outer.answer(question)
                 payload = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
                 self.send_response(status)

@@ -34,15 +34,16 @@ ANSWERS = {  # question -> (kind, reference, what the model says)
     "sum right": ("sum", "sixteen", "sixteen"),
     "sum wrong": ("sum", "six", "sixteen"),
     "sum nothing": ("sum", "six", ""),
+    "sum among <image> words": ("sum", "sixteen", "sixteen"),
 }
 
 
 def planted_samples() -> list[Sample]:
-    """Two show two images."""
+    """Two show two images, one has its image among the words."""
     image = tiny._row("x", 0, {}).image or b""
     samples = []
     for i, (question, (kind, reference, _)) in enumerate(ANSWERS.items()):
-        count = 1 + (question in ("exist right", "exist endless"))
+        count = 0 if "<image>" in question else 1 + (question in ("exist right", "exist endless"))
         turn = Turn("<image>\n" * count + question, reference)
         samples.append(Sample(f"s{i}", f"i{i}", kind, image, (turn,), (image,) * (count - 1)))
     return samples
