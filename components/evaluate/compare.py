@@ -149,11 +149,6 @@ def runs_by_arm(study: Mapping[str, Arm], trained: Iterable[str]) -> dict[str, l
     return {group[0]: group for group in groups.values()}
 
 
-def _codes(values: list[str], names: list[str]) -> NDArray[np.int_]:
-    code = {name: index for index, name in enumerate(names)}
-    return np.array([code[value] for value in values])
-
-
 def _draw_measure(measure: str, systems: Systems) -> MeasureDraws:
     predictions, likelihoods, settings = systems.outcomes.predictions, systems.outcomes.likelihoods, systems.settings
     terms = MEASURES[measure].terms
@@ -164,8 +159,8 @@ def _draw_measure(measure: str, systems: Systems) -> MeasureDraws:
     questions = predictions[TEACHER_ARM]
     observed, resampled = bootstrap(
         values,
-        images=_codes([p.image_id for p in questions], list(dict.fromkeys(p.image_id for p in questions))),
-        kinds=_codes([p.kind for p in questions], list(systems.kinds)),
+        images=[p.image_id for p in questions],
+        kinds=[p.kind for p in questions],
         resamples=settings.bootstrap_resamples,
         seed=settings.seed,
         weights=weights,

@@ -13,7 +13,7 @@ pigeonhole bootstrap (Owen, Annals of Applied Statistics, 2007): intervals err o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,8 +37,8 @@ class ScoreArrays:
 
 def bootstrap(
     values: ArrayLike,
-    images: ArrayLike,
-    kinds: ArrayLike,
+    images: Sequence[Any],
+    kinds: Sequence[Any],
     resamples: int,
     seed: int,
     weights: ArrayLike | None = None,
@@ -48,15 +48,16 @@ def bootstrap(
     Args:
         values: (A, N) value of arm a on sample n: correctness, or nats.
         weights: (A, N) weights, for nats the token counts; None: 1 each, so that the score is a mean over samples.
-        images: (N,) image index of sample n, 0..X-1, each occurring.
-        kinds: (N,) kind index of sample n, 0..K-1, each occurring.
+        images: (N,) image of sample n; images are drawn in the order of their first samples.
+        kinds: (N,) kind of sample n; scores per kind are in their sorted order.
 
     Raises:
         DataError: fewer than two images, so nothing to resample.
     """
     value_array = np.asarray(values, dtype=np.float64)
     weight_array = np.ones_like(value_array) if weights is None else np.asarray(weights, dtype=np.float64)
-    sums, counts = (_per_image(part, np.asarray(images), np.asarray(kinds)) for part in (value_array, weight_array))
+    codes = _codes(images, dict.fromkeys(images)), _codes(kinds, sorted(set(kinds)))
+    sums, counts = (_per_image(part, *codes) for part in (value_array, weight_array))
     n_images = len(counts)
     if n_images < 2:
         raise DataError(f"intervals need samples about two or more images, not {n_images}; score a larger split")
@@ -166,6 +167,11 @@ def noise_unpaired(share: float, items: int, confidence: float) -> float:
     from scipy.stats import norm
 
     return float(norm.ppf(0.5 + confidence / 2) * np.sqrt(2 * share * (1 - share) / items))
+
+
+def _codes(values: Iterable[Any], order: Iterable[Any]) -> NDArray[np.int_]:
+    code = {value: index for index, value in enumerate(order)}
+    return np.array([code[value] for value in values])
 
 
 def _per_image(values: NDArray[np.float64], images: NDArray[np.int_], kinds: NDArray[np.int_]) -> NDArray[np.float64]:

@@ -48,12 +48,10 @@ def paired_test(
     if first.keys() != second.keys() or any(first[key].reference != second[key].reference for key in first):
         raise DataError(f"the answers of {names[0]} and {names[1]} are to different questions, though their fingerprints agree")
     question_ids = list(first)
-    images = {image: index for index, image in enumerate(dict.fromkeys(first[key].image_id for key in question_ids))}
-    kinds = {kind: index for index, kind in enumerate(sorted({first[key].kind for key in question_ids}))}
     observed, resampled = bootstrap(
         values=[[side[key].correct for key in question_ids] for side in (first, second)],
-        images=[images[first[key].image_id] for key in question_ids],
-        kinds=[kinds[first[key].kind] for key in question_ids],
+        images=[first[key].image_id for key in question_ids],
+        kinds=[first[key].kind for key in question_ids],
         resamples=settings.bootstrap_resamples,
         seed=settings.seed,
     )
