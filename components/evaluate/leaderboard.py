@@ -11,7 +11,7 @@ import csv
 from collections.abc import Iterable, Mapping
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median_high
 from types import MappingProxyType
 from typing import Any
 
@@ -181,9 +181,9 @@ def _noise(published: Iterable[Row], confidence: float) -> dict[str, float | Non
     """Noise per benchmark, at the median published score; None where the score is no share of independent questions."""
     noise: dict[str, float | None] = {}
     for name in PAPER:
-        scores = sorted(row.scores[name] or 0.0 for row in published if row.scores[name] is not None)
+        scores = [score for row in published if (score := row.scores[name]) is not None]
         items = BENCHMARKS[name].independent
-        noise[name] = 100 * noise_unpaired(scores[len(scores) // 2] / 100, items, confidence) if items else None
+        noise[name] = 100 * noise_unpaired(median_high(scores) / 100, items, confidence) if items else None
     return noise
 
 

@@ -69,9 +69,8 @@ def _form(samples: Sequence[Sample]) -> Form:
         return "yes_no"
     if not 2 <= len(references) <= len(LETTERS) or any(len(s.turns[0].answer.split("\n")) > 1 for s in samples):
         return "vqa"
-    inline_image = any(
-        IMAGE in with_marks(sample.turns[0].question) for sample in samples
-    )  # the kit's prompts drop the position
+    # The kit's prompts drop the position of an image inside the text.
+    inline_image = any(IMAGE in with_marks(sample.turns[0].question) for sample in samples)
     return "vqa" if inline_image or any(a in b for a in references for b in references if a != b) else "mcq"
 
 

@@ -108,15 +108,12 @@ def _overview(by_arm: Mapping[str, Sequence[KitScores]]) -> str:
 
 def _fingerprint_differences(kits: Sequence[KitScores]) -> list[str]:
     """Differences between the kits' fingerprints, kit and judge aside."""
-    lines = []
-    for scores in kits[1:]:
-        changed = differences(scores.fingerprint, kits[0].fingerprint)
-        lines += [
-            f"{scores.kit}: {difference}"
-            for difference in changed
-            if not difference.startswith(("kit:", "kit version:", "judge:"))
-        ]
-    return lines
+    return [
+        f"{scores.kit}: {difference}"
+        for scores in kits[1:]
+        for difference in differences(scores.fingerprint, kits[0].fingerprint)
+        if not difference.startswith(("kit:", "kit version:", "judge:"))
+    ]
 
 
 def _arm_section(kit_scores: Sequence[KitScores]) -> str:
