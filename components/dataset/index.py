@@ -140,8 +140,6 @@ class _Source:
             if pictures:
                 names, keys, _ = zip(*pictures, strict=True)
                 name, key = " + ".join(names), " ".join(keys)
-            elif turns is not row.samples[0]:
-                key = f"{key} {sample_id}"
             texts = json.dumps([(turn.question, turn.answer) for turn in turns])
             boxes = json.dumps([turn.boxes for turn in turns]) if any(turn.boxes for turn in turns) else None
             self.database.execute(

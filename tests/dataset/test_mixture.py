@@ -348,6 +348,17 @@ def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows
         assert all(t.question.strip() and t.answer.strip() for t in sample.turns)
 
 
+def test_many_questions_of_one_text_row_are_one_row(images: Path, tmp_path: Path) -> None:
+    pairs = [{"user": f"What is number {n}? {'.' * 300}", "assistant": f"It is {n}."} for n in range(9)]
+    rows = [{"id": f"t{n}", "texts": [{"user": "Which row?", "assistant": str(n)}, *pairs]} for n in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    manifest = write_only(settings_for(tmp_path / "rows.json", images), tmp_path / "out")
+    assert (manifest.rows_in, manifest.quarantined) == (12, 0)
+    of_a_row = [sample for sample in stored(tmp_path / "out") if sample.image_id == "text:t3"]
+    assert [sample.id for sample in of_a_row] == ["t3", "t3#2", "t3#3"]
+    assert [turn.answer for sample in of_a_row for turn in sample.turns] == ["3", *(f"It is {n}." for n in range(9))]
+
+
 def test_a_good_row_is_understood() -> None:
     parsed = understand(7, row("x", "./sub//a.png", "<image> What?", kind="colour"), LIMITS)
     assert parsed == (7, "x", "colour", ("sub/a.png",), ((Turn("<image>\nWhat?", "That."),),), {}, ())
