@@ -213,9 +213,7 @@ def _with_parents(stem: str, root: Path, load: Loader | None = None, descendants
     """Recipe file merged over its `like`. `descendants`: the recipes that inherit from this one."""
     path = _path(stem, root)
     recipe = {key: value for key, value in _read(path, load).items() if value is not None}  # `data:` alone sets nothing
-    _check_shape(recipe, path)
-    if unknown_keys := sorted(set(recipe) - {"about", "like", "mixture", "phases", *FILES}):
-        raise SettingsError(f"{path}: {', '.join(unknown_keys)}: no such file in params/; known: {', '.join(FILES)}")
+    _check_shape(recipe, str(path), ("like", "phases"))
     if "like" not in recipe:
         return recipe
     if recipe["like"] not in _file_stems(root, "*"):
@@ -227,19 +225,20 @@ def _with_parents(stem: str, root: Path, load: Loader | None = None, descendants
     return document
 
 
-def _check_shape(recipe: Mapping[str, Any], path: Path) -> None:
-    """Raises SettingsError if a key of a recipe has the wrong type: names for `like` and `mixture`, else mappings."""
-    for key in ("like", "mixture"):
-        if not isinstance(recipe.get(key, ""), str | None):
-            raise SettingsError(f"{path}: {key}: must be a name, not {str(recipe[key])[:60]!r}")
-    blocks = {key: recipe[key] for key in ("about", "phases", *FILES) if recipe.get(key) is not None}
-    for key, block in blocks.items():
-        if not isinstance(block, Mapping):
-            raise SettingsError(f"{path}: {key}: must hold keys with values, not {str(block)[:60]!r}")
-    for name, phase in blocks.get("phases", {}).items():
-        if not isinstance(phase, Mapping):
-            raise SettingsError(f"{path}: phases.{name}: must hold keys with values, not {str(phase)[:60]!r}")
-        _check_shape(phase, path)
+def _check_shape(recipe: Any, where: str, more: tuple[str, ...] = ()) -> None:
+    """Raises SettingsError if a recipe or phase has keys besides files of params/, `about`, `mixture` and `more`, or a key has
+    the wrong type: names for `like` and `mixture`, else mappings."""
+    if not isinstance(recipe, Mapping):
+        raise SettingsError(f"{where}: must hold keys with values, not {str(recipe)[:60]!r}")
+    if unknown_keys := sorted(set(recipe) - {"about", "mixture", *more, *FILES}):
+        raise SettingsError(f"{where}: {', '.join(unknown_keys)}: no such file in params/; known: {', '.join(FILES)}")
+    for key, value in recipe.items():
+        is_name = key in ("like", "mixture")
+        if value is not None and not isinstance(value, str if is_name else Mapping):
+            required = "be a name" if is_name else "hold keys with values"
+            raise SettingsError(f"{where}: {key}: must {required}, not {str(value)[:60]!r}")
+    for name, phase in (recipe.get("phases") or {}).items():
+        _check_shape(phase, f"{where}: phases.{name}")
 
 
 def _apply_overlay(overlay: Mapping[str, Any], document: dict[str, Any]) -> None:

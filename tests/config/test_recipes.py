@@ -199,6 +199,9 @@ def test_a_block_that_is_null_is_filled_in(root: Path) -> None:
         (f"like: {'x' * 300}", "like: params/recipes/ has no 'xxx"),
         ("data: [digits]", "data: must hold keys with values"),
         ("phases: {align: [1]}", "phases.align: must hold keys with values"),
+        ("phases: {align: {distil: {steps: 1}}}", "phases.align: distil: no such file in params/"),
+        ("phases: {align: {like: smoke}}", "phases.align: like: no such file in params/"),
+        ("phases: {align: {data: 1}}", "phases.align: data: must hold keys with values"),
         ("mixture: {x: 1}", "mixture: must be a name"),
     ],
 )
