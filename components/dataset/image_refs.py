@@ -14,27 +14,33 @@ IMAGE_KEYS = ("image", "images")
 
 
 def image_refs(
-    raw: dict[str, Any], parts: list[str | Held], places: list[Any], folder: Path | None, changes: Changes
+    raw: dict[str, Any], marks: list[str | Held | None], places: list[Any], folder: Path | None, changes: Changes
 ) -> tuple[str | Held, ...]:
     """References in the order of their marks: those of the parts, and those of the keys that are not the same ones again.
 
     Args:
+        marks: image of each mark of the conversation that is a part with one; None for the others.
         places: `index` within the row's images, of each part without an image.
         folder: image folder; absolute paths in it are made relative to it.
 
     Raises Refusal: wrong_type, missing_file, image_path or image_marks.
     """
-    references: list[str | Held] = []
-    for listed in (parts, *(_listed(raw[key], key, changes) for key in IMAGE_KEYS if key in raw)):
-        listed = [
-            reference if isinstance(reference, Held) or MEDIA_DATA.match(reference) else _path(reference, folder, changes)
-            for reference in listed
-        ]
+
+    def checked(reference: str | Held) -> str | Held:
+        inside = isinstance(reference, Held) or MEDIA_DATA.match(reference)
+        return reference if inside else _path(reference, folder, changes)
+
+    marks = [None if mark is None else checked(mark) for mark in marks]
+    references = [mark for mark in marks if mark is not None]
+    for key in IMAGE_KEYS:
+        listed = list(map(checked, _listed(raw[key], key, changes))) if key in raw else []
         if len(listed) > len(references) and all(reference in listed for reference in references):
             references = listed
         elif not all(reference in references for reference in listed):
             changes.rules["joined_images"] = f"{len(listed)} of another key were put after the first {len(references)}"
             references = [*references, *listed]
+    if any(mark not in (None, reference) for mark, reference in zip(marks, references, strict=False)):
+        raise Refusal("image_marks", "marks without an image of their own stand before parts with one: which is meant?")
     if all(place is None for place in places):
         return tuple(references)
     chosen = [references[int(place)] for place in places if place in range(len(references))]

@@ -61,13 +61,14 @@ def _understood(number: int, raw: dict[str, Any], limits: DataLimits, folder: Pa
     reader = TurnReader(changes)
     row_id = _id(raw.get("id"), changes)
     keys, conversation = _conversation(raw)
+    system = [reader.text(raw[key], key) for key in INSTRUCTIONS if key in raw]
     messages, independent = reader.read(conversation) if keys else (_caption(raw, reader), False)
-    pictures = image_refs(raw, reader.images, reader.places, folder, changes)
+    pictures = image_refs(raw, reader.marks, reader.places, folder, changes)
     _note_unread(raw, {"id", "kind", *(keys or (CAPTION,)), *INSTRUCTIONS, *IMAGE_KEYS}, pictures, changes)
     if not keys and not pictures:
         raise Refusal("missing_key", f"{CAPTION!r} is a caption, and no image is beside it")
 
-    turns = reader.alternating(messages, [reader.text(raw[key], key) for key in INSTRUCTIONS if key in raw])
+    turns = reader.alternating(messages, system)
     refuse_foreign(turns, len(pictures), "objects" in raw)
     dropped = reader.dropped_marks(HUMAN), reader.dropped_marks(GPT)
     turns, independent = match_marks(turns, len(pictures), dropped, independent, changes)

@@ -35,7 +35,7 @@ class TurnReader:
     def __init__(self, changes: Changes) -> None:
         self.changes = changes
         self.rules = changes.rules
-        self.images: list[str | Held] = []  # among the parts
+        self.marks: list[str | Held | None] = []  # image of each mark, in order; None: one of the row's
         self.places: list[Any] = []  # `index` within the row's images of the parts without an image
         self.dropped: list[Message] = []
 
@@ -107,7 +107,7 @@ class TurnReader:
     def text(self, value: Any, key: str) -> str:
         """Text of a string, a number or a list of parts, each image a mark."""
         if isinstance(value, str):
-            return value
+            return self._marked(value)
         if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
             self.rules["number"] = f"the number {value!r} was read as text"
             return str(value)
@@ -124,14 +124,14 @@ class TurnReader:
 
     def _part(self, part: Any) -> str:
         if isinstance(part, str):
-            return part
+            return self._marked(part)
         if not isinstance(part, dict):
             raise Refusal("wrong_type", f"a part of a turn is text or an image, not {short(part)}")
         members = {key: value for key, value in part.items() if not is_empty(value)}
         kind = str(members.get("type") or next(iter(members), None))
         if kind.endswith("text") and isinstance(members.get("text", None if members.keys() - {"type"} else ""), str):
             self._check_unread(members, ("type", "text"))
-            return str(members.get("text", ""))
+            return self._marked(str(members.get("text", "")))
         if "image" not in kind:
             reason = "video" if "video" in kind else "wrong_type"
             raise Refusal(reason, f"a part of a turn is text or an image, not {kind!r}: {short(members)}")
@@ -139,9 +139,12 @@ class TurnReader:
         if key is None:
             self._check_unread(members, ("type", "index"))
             self.places.append(members.get("index"))
-        else:
-            self.images.append(pointer(members[key], repr(key)))
+        self.marks.append(None if key is None else pointer(members[key], repr(key)))
         return MARK
+
+    def _marked(self, text: str) -> str:
+        self.marks += [None] * text.count(MARK)
+        return text
 
     def alternating(self, turns: list[Message], system: list[str]) -> list[Turn]:
         """Question-answer turns; `system` and the conversation's own system text open the first question."""

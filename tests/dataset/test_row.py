@@ -36,6 +36,7 @@ def exchanges(row: Row) -> list[tuple[str, str]]:
     return [(turn.question, turn.answer) for sample in row.samples for turn in sample]
 
 
+NAMED = {"type": "image", "image": "a.png"}
 PARTS = [{"type": "text", "text": "What is it?"}, {"type": "image", "index": 0, "text": None}]
 URL = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
@@ -347,6 +348,10 @@ WHICH: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "parts by index": ({"images": ["a.png", "b.png"], "messages": parts(1, 0)}, ("b.png", "a.png")),
     "parts by a float of pandas": ({"images": ["a.png", "b.png"], "messages": parts(1.0, 0.0)}, ("b.png", "a.png")),
     "one image in two parts": ({"images": ["a.png"], "messages": parts(0, 0)}, ("a.png", "a.png")),
+    "parts with an image and without": (
+        {"images": ["b.png", "a.png"], "messages": openai([{"type": "image"}, NAMED, PARTS[0]], "That.")},
+        ("b.png", "a.png"),
+    ),
     "parts without an index": ({"images": ["a.png", "b.png"], "messages": parts(None, None)}, ("a.png", "b.png")),
     "image is the second of images": (
         {"image": "a.png", "images": ["b.png", "a.png"], "conversations": chat("Same?", "No.")},
@@ -382,6 +387,11 @@ def test_which_images_are_meant_and_in_which_order(raw: dict[str, Any], pictures
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
+        ({"images": ["b.png"], "messages": openai([{"type": "image"}, NAMED, PARTS[0]], "That.")}, "which is meant"),
+        (
+            {"images": ["b.png"], "messages": [*openai("<image> is?", "It."), *openai([NAMED, PARTS[0]], "That.")]},
+            "which is meant",
+        ),
         ({"images": ["a.png", "b.png"], "messages": parts(1, 1)}, "'index'"),
         ({"images": ["a.png", "b.png"], "messages": parts(0, 2)}, "'index'"),
         ({"images": ["a.png", "b.png"], "messages": parts(None, 0)}, "'index'"),
