@@ -21,9 +21,10 @@ def cross_file_problems(settings: Settings) -> Iterator[Problem]:
             yield "study", f"arms.{name}.student", message
         yield from (("study", f"arms.{name}", problem) for problem in _cache_checks(settings, name))
         yield from _layer_access_checks(settings, name)
-        yield from _watched_layer_checks(settings, name)
         yield from (("study", f"arms.{name}.{key}", problem) for key, problem in _answer_checks(settings, name))
-        yield from _evidence_checks(settings, name)
+        if set(arm.weights) - set(terms.CORE):  # the terms, and torch with them, are imported only if needed
+            yield from _watched_layer_checks(settings, name)
+            yield from _evidence_checks(settings, name)
     yield from _layer_checks(settings)
     yield from _stage_checks(settings)
     tokens, longest = settings.distill.micro_batch_tokens, settings.models.max_length
@@ -48,8 +49,6 @@ def _layer_checks(settings: Settings) -> Iterator[Problem]:
 def _watched_layer_checks(settings: Settings, name: str) -> Iterator[Problem]:
     """Layers that an arm's terms read, beyond the depth of its student or of every teacher."""
     arm, members = settings.arm(name), settings.models.members
-    if not set(arm.weights) - set(terms.CORE):  # the terms, and torch with them, are imported only if needed
-        return
     teachers = list(layer_counts(members, "teachers").values())
     layers_of = {"in_student": [layer_counts(members, "students").get(arm.student)], "in_teacher": teachers}
     for term, needs in arm.needs.items():
@@ -74,12 +73,10 @@ def _stage_checks(settings: Settings) -> Iterator[Problem]:
         yield "models", "pretrained.teachers", f"stage align has none, and here are {', '.join(teachers)}; set it to {{}}"
     if settings.distill.teacher_signals.source == "cache":
         yield "distill", "teacher_signals.source", "cache, and stage align has no teacher; set it to live"
-    of_teacher = {
-        "teacher_signals.evidence": settings.distill.teacher_signals.evidence,
-        "teacher_answers": settings.distill.teacher_answers,
-    }
-    for key in (key for key, value in of_teacher.items() if value is not None):
-        yield "distill", key, "a teacher's, and stage align has none; set it to null"
+    signals, answers = settings.distill.teacher_signals, settings.distill.teacher_answers
+    for key, value in (("teacher_signals.evidence", signals.evidence), ("teacher_answers", answers)):
+        if value is not None:
+            yield "distill", key, "a teacher's, and stage align has none; set it to null"
     for name in settings.study.arms:
         if teacher_terms := [term for term, needs in settings.arm(name).needs.items() if needs.teacher]:
             message = f"{', '.join(teacher_terms)} ask a teacher, and stage align has none; set all but sft to 0"
@@ -139,8 +136,6 @@ def _layer_access_checks(settings: Settings, name: str) -> Iterator[Problem]:
 def _evidence_checks(settings: Settings, name: str) -> Iterator[Problem]:
     """Teacher evidence that terms need from `cache_teacher`."""
     arm, evidence = settings.arm(name), settings.distill.teacher_signals.evidence
-    if not set(arm.weights) - set(terms.CORE):  # the terms, and torch with them, are imported only if needed
-        return
     kept, share = ([], 0.25) if evidence is None else (evidence.kinds, evidence.share)
     for term, needs in arm.needs.items():
         key = f"arms.{name}.weights.{term}"

@@ -6,8 +6,6 @@ them. `params/runtime.yaml` holds what does not change results (devices, address
 
 from __future__ import annotations
 
-from typing import Any
-
 from components.align_ti import terms
 from components.config.data import DataSettings
 from components.config.distill import DistillSettings
@@ -38,10 +36,7 @@ class Settings(Strict):
         arm = self.study.arms[name]
         core_blocks = {key: getattr(arm, key) or getattr(self.distill, key) for key in ("iva", "tpa", "divergence")}
         term_blocks = {term: block for term, block in (self.distill.blocks | arm.blocks).items() if term in arm.weights}
-        fields: dict[str, Any] = {
-            field: getattr(arm, field)
-            for field in ("weights", "student", "seed", "steps", "answers", "answer_filter", "rollouts")
-        }
+        fields = {field: getattr(arm, field) for field in Arm.model_fields}
         return Arm(**fields | core_blocks | term_blocks)
 
     def of_arm(self, arm: Arm) -> Settings:

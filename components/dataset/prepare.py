@@ -116,15 +116,11 @@ def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path, parts:
         overlap.drop(folder, concerned, source.index)
     overlaps.model_copy(update={"dropped": dropped}).write(folder / "overlap.json")
     if chosen:
-        rows = source.rows_by_source
-        Sources(
-            sources={
-                name: SourceRecord(
-                    weight=of_mixture.weight, licence=of_mixture.licence, files=of_mixture.files, rows=rows[name]
-                )
-                for name, of_mixture in chosen.sources.items()
-            }
-        ).write(folder / "sources.json")
+        sources = {
+            name: SourceRecord(**of_mixture.model_dump(exclude={"images"}), rows=source.rows_by_source[name])
+            for name, of_mixture in chosen.sources.items()
+        }
+        Sources(sources=sources).write(folder / "sources.json")
     return set().union(*concerned.values()) if dropped else set()
 
 

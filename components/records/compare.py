@@ -44,13 +44,8 @@ class Contrast(Record):
         if pair is None or pair.arm == arm:
             return pair
         low, high = pair.ci95
-        fields = {
-            "arm": arm,
-            "against": baseline,
-            "difference": 0.0 - pair.difference,
-            "ci95": (0.0 - high, 0.0 - low),
-        }
-        return pair.model_copy(update=fields)
+        reverse = {"difference": 0.0 - pair.difference, "ci95": (0.0 - high, 0.0 - low)}
+        return pair.model_copy(update={"arm": arm, "against": baseline, **reverse})
 
 
 class Estimate(Record):
