@@ -256,7 +256,7 @@ def _parts(bench: Bench, loss: Callable[[], Tensor]) -> dict[str, float]:
                 value.backward()  # type: ignore[no-untyped-call]
             with part("optimiser"):
                 bench.update()
-    shares = {name: seconds[name] for name in ("student plain", "teacher plain", "ribbon") if name in seconds}
+    shares: dict[str, float] = {name: seconds[name] for name in ("student plain", "teacher plain", "ribbon") if name in seconds}
     shares["draws, divergence, cross-entropy"] = seconds["forward"] - sum(shares.values())
     shares |= {name: seconds[name] for name in ("backward", "optimiser")}
     return {name: share / sum(shares.values()) for name, share in shares.items()}
