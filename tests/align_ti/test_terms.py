@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from components.align_ti import terms
 from components.align_ti.batch import Edits, predicting
 from components.align_ti.cached import Cached
-from components.align_ti.row_weights import ROW_WEIGHTS
+from components.align_ti.row_weights import ROW_WEIGHTS, in_top
 from components.align_ti.step import AlignTI, Method, total
 from components.align_ti.terms.received import middle_layers, random_layers
 from components.align_ti.top_k import top_k
@@ -379,6 +379,12 @@ def test_the_risk_of_an_answer_ends_where_the_next_question_begins() -> None:
         b, student.head(student_hidden), teacher.head(teacher_hidden), student_hidden, module, (student, teacher)
     )
     torch.testing.assert_close(module(b, KEYS[:1]).sums[of(module, case)], field_terms.hybrid(inputs, risk=0.1))
+
+
+def test_the_top_share_of_a_samples_rows_is_rounded_up_and_no_further() -> None:
+    for percent, size in product((20, 30, 60, 72), (1, 25, 50, 150)):
+        sample = torch.zeros(size, dtype=torch.long)
+        assert int(in_top(torch.rand(size), sample, percent / 100).sum()) == -(-percent * size // 100), (percent, size)
 
 
 def test_random_layers_are_as_many_as_the_middle_ones_and_the_same_each_time() -> None:
