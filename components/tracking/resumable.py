@@ -22,6 +22,8 @@ def resumable(target: Path, facts: Record, module: str) -> Iterator[Path]:
     draft = RUNS / target.name / fingerprint(facts.model_dump(), code)
     draft.mkdir(parents=True, exist_ok=True)
     with locked(draft.with_suffix(".lock"), f"another process is making {target}"):
+        for stray in draft.rglob(".*.tmp"):  # a kill in mid-write left it
+            stray.unlink()
         yield draft
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
