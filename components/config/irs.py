@@ -12,7 +12,7 @@ from components.records.irs import Attention, Rows
 
 class IrsSettings(Strict):
     seed: Seed
-    images: PositiveInt = Field(description="training-split images with two or more instructions")
+    images: Annotated[int, Field(ge=2)] = Field(description="training-split images with two or more instructions")
     instructions_per_image: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt
     overlays: PositiveInt = Field(description="pictures of where two instructions look")

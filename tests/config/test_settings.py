@@ -525,6 +525,7 @@ def test_compiled_layers_that_a_term_reads_inside_are_refused(root: Path, monkey
     [
         ("evaluate", r"baselines: \[.*\]", "baselines: [kd, kd]", "baselines: kd stands more than once"),
         ("distill", "evidence: null", "evidence: {kinds: [blank, blank], share: 0.5}", "blank stands more than once"),
+        ("irs", r"images: \d+", "images: 1", "images: Input should be greater than or equal to 2"),
         ("distill", r"\bbatch_size: \d+", "batch_size: 1000000000", "less than or equal to 1048576"),
         ("distill", r"draw_temperature: [\d.]+", "draw_temperature: 1.0e-38", "greater than or equal to 0.000001"),
         ("distill", r"(?<=0.5, )temperature: 1.0", "temperature: 1.0e+9", "less than or equal to 1000"),
