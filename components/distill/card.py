@@ -143,11 +143,14 @@ def _losses(facts: dict[str, Any]) -> str:
         "entropy": f"the teacher's entropy there{search_note}",
         "divergence": f"KL of the two models there{search_note}",
     }
-    rollouts = facts["arm"].get("rollouts")
-    rollout_note = "" if rollouts is None else f" Of the samples {rollouts['share']:.0%} had an answer that the student wrote."
+    rollouts, control = facts["arm"].get("rollouts"), iva.get("change")
+    answers_note = " The answers are the teacher's." if facts["arm"].get("answers") else ""
+    if rollouts is not None:
+        answers_note += f" Of the samples {rollouts['share']:.0%} had an answer that the student wrote."
     if "iva" not in weights:
-        return f"Loss: L = {terms}; nothing weighs visual tokens{search_note}.{rollout_note}"
-    return f"Loss: L = {terms}. L_iva weighs visual tokens by {weighting_source[iva['weighting']]}.{rollout_note}"
+        return f"Loss: L = {terms}; nothing weighs visual tokens{search_note}.{answers_note}"
+    control_note = f"; a control: {control.replace('_', ' ')}" if control else ""
+    return f"Loss: L = {terms}. L_iva weighs visual tokens by {weighting_source[iva['weighting']]}{control_note}.{answers_note}"
 
 
 def _selection(searched: dict[str, Any]) -> str:

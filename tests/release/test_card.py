@@ -73,6 +73,13 @@ def test_a_model_aligned_on_captions_has_no_teacher_on_its_card(project: Path) -
     assert ModelCard(text).data.to_dict()["base_model"] == ["org/small"]
 
 
+def test_a_control_and_answers_of_the_teacher_are_told(project: Path) -> None:
+    arm = facts()["arm"] | {"answers": "teacher"}
+    arm["iva"] |= {"change": "other_instruction"}
+    told = "the layer search's; a control: other instruction. The answers are the teacher's.\n"
+    assert told in model_card("align_ti", facts(arm=arm))
+
+
 def test_a_mixture_names_each_sources_licence(project: Path) -> None:
     sources = {
         name: SourceRecord(weight=1, licence=licence, files="x", rows=2) for name, licence in {"a": "MIT", "b": "CC0"}.items()
