@@ -85,7 +85,10 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
     is_align = settings.distill.stage == "align"
     choice = None if is_align else TeacherChoice.read(TEACHER / "choice.json")
     layers = None if is_align else layer_search_result(arm)
-    start = ModelIndex.read(MODELS / "index.json").students[arm.student]
+    students = ModelIndex.read(MODELS / "index.json").students
+    if arm.student not in students:
+        raise ModelError(f"{MODELS / 'index.json'} has no student {arm.student!r}; `dvc repro obtain_models` makes it")
+    start = students[arm.student]
     facts = _facts(arm, settings, samples, choice, layers, start)
 
     student = load(Path(start.path), accelerator.device)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from components.config.load import load_settings
 from components.dataset.shards import ImageRow, Turn
 from components.distill.__main__ import distill
-from components.errors import DataError, InputError, Interrupted, SettingsError, TryAgainError
+from components.errors import DataError, InputError, Interrupted, ModelError, SettingsError, TryAgainError
 from components.models.checkpoint_folder import record
 from components.models.template import Template
 from components.records.dataset import Manifest
@@ -296,6 +296,10 @@ def test_errors_name_what_to_change(workplace: Path) -> None:
     study["arms"]["align_ti"]["iva"] = {"weighting": "layer", "layer": 2}
     write_params(workplace, "study", study)
     with pytest.raises(InputError, match=r"iva.layer is 2, but teacher .* has layers 0..1"):
+        run()
+    index = ModelIndex.read(MODELS / "index.json")
+    index.model_copy(update={"students": {"old": index.students["student"]}}).write(MODELS / "index.json")
+    with pytest.raises(ModelError, match=r"index.json has no student 'student'; `dvc repro obtain_models` makes it"):
         run()
 
 
