@@ -35,15 +35,10 @@ class Term:
         return responses(batch) + batch.visual.sum() if self.pooled else responses(batch)
 
     def loss(self, outputs: StepOutputs) -> Tensor:
-        return self._response_loss(outputs) + self._visual_loss(outputs) if self.pooled else self._response_loss(outputs)
-
-    def _visual_loss(self, outputs: StepOutputs) -> Tensor:
-        rows = outputs.batch.visual
-        return (
-            outputs.divergence(rows, outputs.ones(outputs.batch.input_ids[rows]), self.divergence)
-            if bool(rows.any())
-            else outputs.zero
-        )
+        loss, visual = self._response_loss(outputs), outputs.batch.visual
+        if self.pooled and bool(visual.any()):
+            loss = loss + outputs.divergence(visual, outputs.ones(outputs.batch.input_ids[visual]), self.divergence)
+        return loss
 
     def _response_loss(self, outputs: StepOutputs) -> Tensor:
         if self.row_weight is None:
