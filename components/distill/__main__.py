@@ -63,10 +63,11 @@ def distill(name: str, arm: Arm, settings: Settings, run: Run) -> Cost:
             run.metrics({"iva/equal_weights": count})
             job.accelerator.print(f"{job.title}: no attention was left for {count:,} images, whose tokens weighed the same")
         run.metrics(_concentration(job.module, job.accelerator))
+        peak = torch.tensor([peak_memory_mib(job.accelerator.device)], device=job.accelerator.device)
         cost = Cost(
             train_seconds=round(outcome.seconds, 3),
             step_seconds=outcome.step_seconds,
-            peak_memory_mib=round(_max_over_processes(peak_memory_mib(job.accelerator.device), job.accelerator), 1),
+            peak_memory_mib=round(float(job.accelerator.gather(peak).max()), 1),  # of the fullest process
             device=str(job.accelerator.device),
             steps=outcome.steps,
         )
@@ -86,11 +87,6 @@ def _unsharded(job: Job, state: dict[str, torch.Tensor]) -> Loaded:
     choose_trainable(student, job.distill)
     student.model.load_state_dict(state)
     return student
-
-
-def _max_over_processes(mib: float, accelerator: Accelerator) -> float:
-    """Maximum of `mib` over all processes."""
-    return float(accelerator.gather(torch.tensor([mib], device=accelerator.device)).max())
 
 
 def _equal_weights(module: AlignTI, accelerator: Accelerator) -> int:

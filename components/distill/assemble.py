@@ -182,12 +182,7 @@ def _accelerator(arm: Arm, settings: Settings) -> Accelerator:
 
 
 def _facts(
-    arm: Arm,
-    settings: Settings,
-    samples: Samples,
-    choice: TeacherChoice | None,
-    layers: LayerChoice | None,
-    start: ModelRecord,
+    arm: Arm, settings: Settings, samples: Samples, choice: TeacherChoice | None, layers: LayerChoice | None, start: ModelRecord
 ) -> dict[str, Any]:
     facts = {
         "arm": arm.model_dump(mode="json"),

@@ -116,19 +116,15 @@ def _described(model: ModelRecord) -> str:
     return f"`{model.name}`: {location}, {model.parameters:,} parameters"
 
 
-def _aligned(facts: dict[str, Any]) -> bool:
-    return bool(facts["distill"]["stage"] == "align")
-
-
 def _summary(facts: dict[str, Any]) -> str:
-    if _aligned(facts):
+    if facts["distill"]["stage"] == "align":
         return "A model that learnt to read its vision tower from captions, before distillation."
     return "A student distilled with Align-TI (arXiv 2602.09483)."
 
 
 def _losses(facts: dict[str, Any]) -> str:
     """Sentence on the loss: terms with their weights, and the source of the visual weights of L_iva."""
-    if _aligned(facts):
+    if facts["distill"]["stage"] == "align":
         return "Loss: cross-entropy on the captions alone."
     weights, iva, layer = facts["arm"]["weights"], facts["arm"]["iva"], facts["irs_layer"]
     terms = " + ".join(f"{'' if weight == 1 else f'{weight:g} '}L_{term}" for term, weight in weights.items())

@@ -47,11 +47,6 @@ class Replica(nn.Module):
         model = self.method.student.model
         head = model.get_output_embeddings().parameters()
         model_parts = parts(model)
-        optional = (
-            *model_parts["vision_tower"],
-            *model_parts["projector"],
-            *head,
-            *self.method.term_modules.parameters(),
-        )
+        optional = (*model_parts["vision_tower"], *model_parts["projector"], *head, *self.method.term_modules.parameters())
         zeros = [p.flatten()[0] * 0.0 for p in optional if p.requires_grad]
         return torch.stack(zeros).sum() if zeros else torch.zeros(())

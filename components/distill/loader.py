@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -89,7 +88,7 @@ def batches(steps: Steps, first: int, last: int, loaders: int) -> Iterator[Micro
         batch_size=None,  # a step is a batch already
         sampler=range(first, last),
         num_workers=loaders,
-        collate_fn=pickle.dumps if loaders else _identity,
+        collate_fn=pickle.dumps if loaders else lambda micro_batches: micro_batches,
         generator=torch.Generator(),  # keeps DataLoader's unused base seed off the run's random stream
         multiprocessing_context="spawn" if loaders else None,  # fork may deadlock beside CUDA or threads
         worker_init_fn=_worker if loaders else None,
@@ -121,10 +120,6 @@ def worker_errors() -> Iterator[None]:
             f"a process that loads batches ended ({str(error).strip()}); run the same command to go on, with fewer `loaders` in"
             " params/runtime.yaml if memory is short"
         ) from error
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 def _worker(_number: int) -> None:

@@ -52,14 +52,11 @@ class Sampler:
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """(key, sample index) pairs of one global batch; keys are unique over the run."""
-        return [(key, self._at(key)) for key in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        keys = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [(key, self._shuffled(self.epoch(key))[key % self.epoch_size]) for key in keys]
 
     def epoch(self, key: int) -> int:
         return key // self.epoch_size
-
-    def _at(self, key: int) -> int:
-        epoch, offset = divmod(key, self.epoch_size)
-        return self._shuffled(epoch)[offset]
 
 
 def split_batch(batch: list[tuple[int, int]], size: int, rank: int, ranks: int) -> list[list[tuple[int, int]]]:

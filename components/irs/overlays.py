@@ -190,7 +190,5 @@ def _grid(attention: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
