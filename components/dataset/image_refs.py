@@ -27,8 +27,9 @@ def image_refs(
     """
 
     def checked(reference: str | Held) -> str | Held:
-        inside = isinstance(reference, Held) or MEDIA_DATA.match(reference)
-        return reference if inside else _path(reference, folder, changes)
+        if isinstance(reference, Held) or MEDIA_DATA.match(reference):
+            return reference
+        return _path(reference, folder, changes)
 
     marks = [None if mark is None else checked(mark) for mark in marks]
     references = [mark for mark in marks if mark is not None]
