@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from flows import QUIET, STARTUP
@@ -25,6 +26,10 @@ os.environ |= {
 }
 for _name in ("ALIGNTI_PARENT_RUN_ID", "MLFLOW_RUN_ID", "DVC_STAGE", "RANK"):
     os.environ.pop(_name, None)
+
+
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

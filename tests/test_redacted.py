@@ -35,7 +35,7 @@ def test_every_error_of_ours_is_free_of_them() -> None:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(), st.text())
 def test_wherever_it_stands(prefix: str, suffix: str) -> None:
     assert "canary3" not in redact(f"{prefix}canary3{suffix}")

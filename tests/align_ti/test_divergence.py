@@ -38,7 +38,7 @@ def reference(t: torch.Tensor, s: torch.Tensor, kind: str, mix: float, temperatu
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 10_000), mix=st.floats(0.05, 0.95), temperature=st.floats(0.5, 4.0))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equals_the_definition(kind: str, seed: int, mix: float, temperature: float) -> None:
     t, s = logits(seed), logits(seed + 1).requires_grad_()
     got, expected = divergence(t, s, kind, mix, temperature), reference(t, s, kind, mix, temperature)
@@ -244,7 +244,7 @@ def test_cross_entropy_equals_full_logits(dtype: torch.dtype, chunk: int, bias: 
 
 
 @given(columns=st.integers(1, 200_000), budget=st.floats(0.001, 1000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_chunks_are_sized_from_the_vocabulary(columns: int, budget: float) -> None:
     rows = rows_per_chunk(columns, budget)
     assert rows >= 1

@@ -38,7 +38,7 @@ def test_positions_that_predict_the_response() -> None:
 
 
 @given(samples=SHAPES, draws=st.integers(1, 5), seed=st.integers(0, 1000))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_plan_accounts_for_every_draw(samples: list[tuple[int, int, int]], draws: int, seed: int) -> None:
     batch = tiny.batch(samples, seed)
     steps = int(batch.response.sum())
@@ -123,7 +123,7 @@ LOGITS = st.lists(st.floats(-8, 8), min_size=2, max_size=12).map(lambda x: torch
 
 
 @given(logits=LOGITS, top_p=st.floats(0.01, 0.99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_top_p_keeps_the_smallest_set_that_reaches_it(logits: torch.Tensor, top_p: float) -> None:
     p, truncated = logits.softmax(-1)[0], probabilities(logits, top_p=top_p)[0]
     inside = truncated > 0
@@ -134,7 +134,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(logits: torch.Tensor, top_
 
 
 @given(logits=LOGITS, top_k=st.integers(1, 15), temperature=st.floats(0.3, 3.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_top_k_and_temperature(logits: torch.Tensor, top_k: int, temperature: float) -> None:
     p, truncated = (logits / temperature).softmax(-1)[0], probabilities(logits, temperature, top_k)[0]
     inside = truncated > 0
@@ -167,7 +167,7 @@ def capped(batch, drawn: torch.Tensor, keys: list[int], cap: int) -> torch.Tenso
 
 
 @given(samples=SHAPES, draws=st.integers(1, 4), cap=st.integers(1, 30), seed=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_capped_ribbon_fits_and_leaves_out_whole_steps_and_no_more_than_it_must(
     samples: list[tuple[int, int, int]], draws: int, cap: int, seed: int
 ) -> None:

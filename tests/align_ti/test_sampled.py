@@ -14,7 +14,7 @@ from tests.align_ti.test_divergence import logits
 
 
 @given(seed=st.integers(0, 10_000), draws=st.integers(1, 9), temperature=st.floats(0.5, 4.0), scale=st.floats(0.1, 9.0))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_the_mean_over_uniforms_is_exact_and_counts_are_within_one(
     seed: int, draws: int, temperature: float, scale: float
 ) -> None:

@@ -23,7 +23,7 @@ ROWS, V = 6, 11
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, V), scale=st.floats(0.1, 30.0), temperature=st.floats(0.5, 4.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_never_more_than_the_exact_divergence_and_grows_with_k(seed: int, k: int, scale: float, temperature: float) -> None:
     t, s = logits(seed, scale=scale), logits(seed + 1, scale=scale)
     exact = divergence(t, s, temperature=temperature)
@@ -33,7 +33,7 @@ def test_never_more_than_the_exact_divergence_and_grows_with_k(seed: int, k: int
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, V - 1), scale=st.floats(0.1, 30.0))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_taken_apart_it_adds_up_to_the_divergence(seed: int, k: int, scale: float) -> None:
     t, s = logits(seed, scale=scale), logits(seed + 1, scale=scale)
     of_tokens, among_others, mass = decoupled(t, s, t.topk(k).indices)
@@ -41,7 +41,7 @@ def test_taken_apart_it_adds_up_to_the_divergence(seed: int, k: int, scale: floa
 
 
 @given(seed=st.integers(0, 10_000), temperature=st.floats(0.5, 4.0))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_all_tokens_kept_is_the_exact_divergence_gradients_too(seed: int, temperature: float) -> None:
     t, s = logits(seed), logits(seed + 1).requires_grad_()
     got = top_k(t, V + 5, temperature).divergence(s, temperature)

@@ -470,7 +470,7 @@ def test_a_learning_rate_is_of_a_part_that_is_trained(root: Path) -> None:
     assert "learning_rates.vision_tower is 1e-06, and trainable.vision_tower is false" in problem
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(MAPPINGS), st.text("abcdefgh_", min_size=12, max_size=12))
 def test_an_unknown_key_anywhere_is_refused(where: tuple[str, ...], key: str) -> None:
     raw: Any = yaml.safe_load(yaml.safe_dump(RAW))

@@ -223,7 +223,7 @@ def test_pixels_of_unknown_range(tmp_path: Path) -> None:
 
 
 @given(st.sampled_from(["png", "jpeg", "webp", "gif", "tiff", "bmp"]), st.data())
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_bytes_it_is_a_picture_or_a_refusal(tmp_path: Path, format_: str, data: st.DataObject) -> None:
     file = io.BytesIO()
     Image.fromarray(GRADIENT).save(file, format_)

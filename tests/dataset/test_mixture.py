@@ -326,7 +326,7 @@ PLAUSIBLE = st.fixed_dictionaries(
 
 
 @given(rows=st.lists(PLAUSIBLE | JSON, max_size=6), as_lines=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_rows_in_are_rows_out_and_quarantined(images: Path, tmp_path: Path, rows: list[Any], as_lines: bool) -> None:
     annotations, target = tmp_path / "rows", tmp_path / "dataset"
     everything = [*GOOD_ROWS, *rows]

@@ -41,7 +41,7 @@ def test_the_look_survives_a_small_change_and_tells_pictures_apart() -> None:
     changed=st.lists(st.tuples(st.integers(0, 19), st.sets(st.integers(0, 63), max_size=5)), max_size=20),
     strangers=st.lists(st.integers(0, 2**64 - 1), max_size=5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_search_finds_what_comparing_all_with_all_does(
     among: list[int], changed: list[tuple[int, set[int]]], strangers: list[int]
 ) -> None:

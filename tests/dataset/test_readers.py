@@ -798,7 +798,7 @@ def streamed(text: bytes, read: int) -> Any:
 
 
 @given(st.lists(JSON, max_size=6), st.integers(1, 20), st.sampled_from([None, 0, 2]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_list_is_read_as_json_does_however_it_is_cut_into_pieces(
     rows: list[Any], read: int, indent: Any, ascii_: bool
 ) -> None:
@@ -813,7 +813,7 @@ def test_a_list_is_read_as_json_does_however_it_is_cut_into_pieces(
     st.sampled_from(['"', "[", "]", ",", "x", " ", "", "1", "\\"]),
     st.integers(1, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_json_refuses_is_refused(rows: list[Any], offset: int, symbol: str, read: int) -> None:
     text = json.dumps(rows)
     broken = text[:offset] + symbol + text[offset + 1 :]

@@ -54,7 +54,7 @@ ROWS = st.lists(
 
 
 @given(ROWS, st.integers(1, 5))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_goes_in_comes_out(tmp_path: Path, rows: list[ImageRow], images_per_shard: int) -> None:
     samples = stored(tmp_path, rows, images_per_shard)
     assert list(samples) == expected(rows)

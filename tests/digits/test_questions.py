@@ -78,7 +78,7 @@ def scenes(draw: st.DrawFn) -> Scene:
 
 
 @given(scenes(), st.integers(2, 4), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_questions_of_an_image_are_all_different_and_their_answers_short(scene: Scene, amount: int, seed: int) -> None:
     questions = choose_questions(scene, amount, Balance(), np.random.default_rng(seed))
     assert len(questions) == amount == len({item.question for item in questions})

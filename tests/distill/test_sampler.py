@@ -13,7 +13,7 @@ from components.errors import DataError, InputError
 
 
 @given(samples=st.integers(1, 30), size=st.integers(1, 8), seed=st.integers(0, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_epoch_holds_every_sample_once(samples: int, size: int, seed: int) -> None:
     order = Sampler(list(range(100, 100 + samples)), size, seed)
     steps = -(-3 * samples // size)  # three epochs
@@ -29,7 +29,7 @@ def test_every_epoch_holds_every_sample_once(samples: int, size: int, seed: int)
     seed=st.integers(0, 3),
     size=st.integers(1, 7),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_weighted_samples_come_as_often_as_they_weigh(sizes: list[int], weights: list[float], seed: int, size: int) -> None:
     """In every epoch as often as the weight, rounded one way or the other; over epochs all that weigh alike equally often."""
     of_sample = [weight for number, weight in zip(sizes, weights, strict=False) for _ in range(number)]

@@ -22,7 +22,7 @@ from tests.evaluate.conftest import Tracked
 TEXTS = st.dictionaries(st.text(min_size=1), st.text(), max_size=4)
 
 
-@settings(deadline=None, max_examples=20)  # each answer waits for the disk
+@settings(max_examples=20)  # each answer waits for the disk
 @given(batches=st.lists(TEXTS, max_size=4), cut=st.integers(0, 400))
 def test_wherever_the_file_is_cut_whole_lines_are_kept_and_writing_goes_on(
     tmp_path_factory: pytest.TempPathFactory, batches: list[dict[str, str]], cut: int

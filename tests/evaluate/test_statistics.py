@@ -127,7 +127,7 @@ def test_one_image_is_refused() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]) -> None:
     adjusted = holm(p_values)
     assert all(p <= q <= 1 for p, q in zip(p_values, adjusted, strict=True))

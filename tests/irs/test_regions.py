@@ -27,7 +27,7 @@ def test_a_cell_is_its_own_tokens() -> None:
 
 
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_shares_equal_a_count_of_pixels_and_overlapping_boxes_count_once(sides: list) -> None:
     inside = np.zeros((PX, PX))
     for (left, right), (top, bottom) in sides:

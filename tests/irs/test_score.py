@@ -22,7 +22,7 @@ def test_disjoint_attention_scores_one() -> None:
 
 
 @given(seed=st.integers(0, 1000), images=st.integers(1, 4), instructions=st.integers(2, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_equals_the_mean_over_pairs(seed: int, images: int, instructions: int) -> None:
     a = torch.rand(2, images, instructions, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
     per_image = irs_scores(a)

@@ -245,7 +245,7 @@ def test_noise_is_not_separated_and_one_layer_has_no_runner_up() -> None:
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=20))
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 def test_standard_error_is_that_of_a_mean(values: list[float]) -> None:
     expected = np.std(values, ddof=1) / len(values) ** 0.5
     assert standard_error(torch.tensor(values, dtype=torch.float64)) == pytest.approx(expected, abs=1e-9)

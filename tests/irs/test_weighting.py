@@ -32,7 +32,7 @@ def by_loop(attention: list[float], background: list[float]) -> list[float]:
 
 
 @given(seed=st.integers(0, 10**6), tokens=st.integers(1, 9), rows=st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_centred_equals_a_plain_loop(seed: int, tokens: int, rows: int) -> None:
     random = torch.Generator().manual_seed(seed)
     attention = torch.rand(rows, tokens, generator=random, dtype=torch.float64) ** 4

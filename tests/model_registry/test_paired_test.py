@@ -37,7 +37,7 @@ def test_the_most_frequent_answer_is_the_same_however_it_is_spelt() -> None:
     assert majority_accuracy(spelt) == 0.75
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=4, max_size=40))
 def test_a_duel_is_the_same_seen_from_the_other_side(pairs: list[tuple[bool, bool]]) -> None:
     new, old = [a for a, _ in pairs], [b for _, b in pairs]

@@ -119,7 +119,7 @@ def test_shifted_by_one_the_response_mask_predicts_first_word_to_eos_and_nothing
 words = st.lists(st.sampled_from([w for w in WORDS if w.isalnum()]), min_size=1, max_size=5).map(" ".join)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(sorted(PROCESSORS)),
     st.lists(st.tuples(words, words), min_size=1, max_size=4),

@@ -83,7 +83,7 @@ def test_stock_transformers_opens_it_whole(tmp_path: Path) -> None:
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 6), st.data())
 def test_the_largest_neurons_in_their_order(neurons: int, width: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, neurons))
