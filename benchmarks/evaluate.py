@@ -126,7 +126,7 @@ def run(size: str, model: Path, amount: int, rounds: int, work_dir: Path) -> dic
         "vlmeval, all answers known": run_kit,
     }
     rounds_by_arm: dict[str, list[CpuSeconds]] = {arm: [] for arm in arms}
-    with serve.served(model, "student", device.type, work_dir / "server.log") as endpoint:
+    with serve.served(model, "student", device.type, work_dir / "server.log") as (endpoint, _):
 
         def ask_question(row: int) -> None:
             chat_completion(endpoint, [samples[row].image or b"", question_of(samples[row].turns[0])], max_new_tokens)

@@ -63,10 +63,9 @@ def serve(
 ) -> None:
     """Serve MODEL behind an OpenAI-compatible API until interrupted."""
     check_models(model)
-    import signal
-
     from components.config.load import load_settings
-    from components.evaluate.kits.serve import check_address, served
+    from components.errors import TryAgainError
+    from components.evaluate.kits.serve import check_address, last_line, served
     from components.records.paths import RUNS
     from components.release.model import find
     from components.runtime import prepare_torch
@@ -74,9 +73,10 @@ def serve(
     check_address(host, port)
     log, settings = RUNS / "serve" / str(port) / "server.log", load_settings()
     device = prepare_torch(settings.runtime, seed=0)
-    with served(find(model, settings).path, Path(model).resolve().name, device.type, log, host, port) as endpoint:
+    with served(find(model, settings).path, Path(model).resolve().name, device.type, log, host, port) as (endpoint, process):
         typer.echo(f"{endpoint.url}/v1 serves the model named {endpoint.model}; log: {log}; Ctrl-C ends it")
-        signal.pause()
+        process.wait()
+    raise TryAgainError(f"the server ended with {process.returncode}: {last_line(log)} (all of it: {log})")
 
 
 @app.command()

@@ -155,7 +155,7 @@ def _session(bench: Bench, arm: str, model: Path, kit: vlmeval.Kit) -> Iterator[
     """Session with the served model. Raises TryAgainError while another process measures the arm."""
     folder, new_tokens = FOLDER / "vlmeval" / arm, bench.settings.evaluate.max_new_tokens
     journal = _journal(folder, model, kit.version, new_tokens, bench.device.type, bench.system)
-    with locked(folder / "lock", BUSY), serve.served(model, arm, bench.device.type, folder / "server.log") as endpoint:
+    with locked(folder / "lock", BUSY), serve.served(model, arm, bench.device.type, folder / "server.log") as (endpoint, _):
         model_endpoint = endpoint._replace(system=bench.system)
         yield vlmeval.Session(kit, model_endpoint, folder, journal, new_tokens, f"{arm}: vlmeval")
 

@@ -84,8 +84,10 @@ def is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK, port: int | None = None) -> Iterator[Endpoint]:
-    """Context manager of a ready server for `model`, terminated on exit; its output goes to `log`.
+def served(
+    model: Path, name: str, device: str, log: Path, host: str = LOOPBACK, port: int | None = None
+) -> Iterator[tuple[Endpoint, subprocess.Popen[bytes]]]:
+    """Context manager of a ready server for `model`, and its process, terminated on exit; its output goes to `log`.
 
     Args:
         name: model name in requests, with `-` for each `@` and `:`, which the server would read as a revision and a file.
@@ -115,7 +117,7 @@ def served(model: Path, name: str, device: str, log: Path, host: str = LOOPBACK,
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         _wait(endpoint, process, log)
-        yield endpoint
+        yield endpoint, process
     finally:
         process.terminate()
         try:

@@ -48,7 +48,7 @@ def endpoint(model_folder: Path, served_tokens: Path) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNTI_TEST_TOKENS", str(served_tokens))
         patch.setattr(serve, "TRANSFORMERS", serve.TRANSFORMERS.removesuffix("main()\n") + RECORDING)
-        with serve.served(model_folder, "toy@v1:b", "cpu", served_tokens.with_name("server.log")) as server:
+        with serve.served(model_folder, "toy@v1:b", "cpu", served_tokens.with_name("server.log")) as (server, _):
             yield server
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from components.cli import hand_on
 from components.errors import InputError, ModelError, TryAgainError
 from components.evaluate.kits import client, serve
 from components.evaluate.kits.client import Endpoint, RequestRejected, chat_completion
@@ -21,6 +27,24 @@ def test_a_server_that_ends_says_its_last_words(model_folder: Path, tmp_path: Pa
     server = serve.served(model_folder, "m", "cpu", tmp_path / "log")
     with pytest.raises(TryAgainError, match="ended with 1: out of memory"), server:
         pass
+
+
+def test_serving_ends_with_its_server(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It went on waiting, with nothing behind its address."""
+
+    @contextmanager
+    def dying(*_: object) -> Iterator[tuple[Endpoint, subprocess.Popen[bytes]]]:
+        log = tmp_path / ".runs/serve/8000/server.log"
+        log.parent.mkdir(parents=True)
+        log.write_text("out of memory")
+        yield Endpoint("http://127.0.0.1:8000", "m"), subprocess.Popen([sys.executable, "-c", "exit(3)"])
+
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serve, "served", dying)
+    monkeypatch.setattr(serve, "check_address", lambda *_: None)
+    with pytest.raises(TryAgainError, match="the server ended with 3: out of memory"):
+        hand_on.serve(str(model_folder), 8000, serve.LOOPBACK)
 
 
 @needs_server
