@@ -72,6 +72,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     for stale in folder.parent.glob(f".{folder.name}.*.*"):
         pid = stale.name.removeprefix(f".{folder.name}.").partition(".")[0]
         if stale.suffix in (".tmp", ".old") and pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            if stale.suffix == ".old" and not folder.exists():  # killed between the two renames
+                stale.replace(folder)
             shutil.rmtree(stale, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
@@ -84,6 +86,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             raise
         raise type(fault)(f"{folder} was not written: {fault}") from None
     finally:
+        if previous.exists() and not folder.exists():  # stopped between the two renames
+            previous.replace(folder)
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from components.errors import Interrupted
 from components.io import draft_of, sha256, whole_folder, write_bytes
 
 
@@ -64,3 +65,24 @@ def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not
         (draft / "weights").touch()
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (*left[2:], *others)}
     assert (tmp_path / "arm/weights").exists()
+
+
+def test_a_stop_between_two_renames_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lost both."""
+    folder, replace = tmp_path / "arm", Path.replace
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def stopped(source: Path, target: Path) -> Path:
+        if source.suffix == ".tmp":
+            raise Interrupted("stopped")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(Interrupted), whole_folder(folder):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["arm", "old"]
+    folder.rename(tmp_path / f".arm.{os.getpid()}.old")  # as a kill there leaves it
+    with pytest.raises(ZeroDivisionError), whole_folder(folder):
+        _ = 1 / 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["arm", "old"]
