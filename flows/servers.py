@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import traceback
 import urllib.error
@@ -40,6 +41,7 @@ PREFECT_APP = "prefect.server.api.server:create_app"  # in the command line of P
 HEALTH: dict[Name, str] = {"mlflow": "/health", "prefect": "/api/health"}
 
 _waiting: dict[int, subprocess.Popen[bytes]] = {}  # pid of a server -> what waits to end it, on a pipe of this process
+_flow_began = threading.Event()  # set when Prefect's temporary server, if there is one, is up
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def prefect_failures() -> Iterator[None]:
     import httpx
     from prefect.exceptions import PrefectException
 
+    threading.Thread(target=_end_temporary_prefect_from_its_start, daemon=True).start()
     try:
         yield
     except (httpx.HTTPError, PrefectException, ValueError) as error:
@@ -202,11 +205,20 @@ def prefect_failures() -> Iterator[None]:
         ) from None
 
 
-def end_temporary_prefect() -> None:
-    """End the server that Prefect started for this flow, if it did, with this process, in whatever way that ends.
+def _end_temporary_prefect_from_its_start() -> None:
+    """Prefect waits for its server, seconds or minutes, before a flow begins: a kill meanwhile would leave it alone."""
+    while not _flow_began.wait(0.1):
+        _tie_temporary_prefect()
 
-    `sh` waits for the end of a pipe that this process alone holds.
-    """
+
+def end_temporary_prefect() -> None:
+    """End the server that Prefect started for this flow, if it did, with this process, in whatever way that ends."""
+    _flow_began.set()
+    _tie_temporary_prefect()
+
+
+def _tie_temporary_prefect() -> None:
+    """Start `sh` for it, which waits for the end of a pipe that this process alone holds."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             if PREFECT_APP in child.cmdline() and child.pid not in _waiting:

@@ -160,11 +160,16 @@ class Healthy(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-def test_the_temporary_server_of_a_killed_flow_ends_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "begin",
+    ["servers.end_temporary_prefect()", "servers.prefect_failures().__enter__()\nwhile not servers._waiting: time.sleep(0.1)"],
+)
+def test_the_temporary_server_of_a_killed_flow_ends_with_it(begin: str) -> None:
+    """Before the flow begins too, while Prefect waits for its server."""
     code = (
         "import subprocess, sys, time\nfrom flows import servers\n"
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', servers.PREFECT_APP]).pid)\n"
-        "time.sleep(0.2)\nservers.end_temporary_prefect()\nprint(flush=True)\ntime.sleep(60)"
+        f"time.sleep(0.2)\n{begin}\nprint(flush=True)\ntime.sleep(60)"
     )
     flow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert flow.stdout is not None
