@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Pair(Record):
     train: str
     bits: int  # Hamming distance of their perceptual hashes
     exact: bool
-    questions: int  # questions of the test image also asked of that training image, word for word
+    questions: int  # questions of the test image also asked of the training image's pixels, word for word
 
 
 class Contamination(Record):
@@ -51,27 +52,31 @@ class _Image(NamedTuple):
     name: str
     pixels: str | None  # sha256
     dhash: int
-    questions: list[str]
+    questions: list[tuple[str, str]]  # (id of the sample, question)
 
 
 def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
     """Overlap of all images and questions of `test` with those of `train`; images are decoded one at a time."""
     train_images = [image for image in _images(train, "contamination: training images") if image.pixels]
-    test_images = list(_images(test, f"contamination: {split} images"))
+    test_images = list(_images(test, f"contamination: {split} images", turns=1))  # the first alone is asked
     test_pictures = [image for image in test_images if image.pixels]
-    questions = [question for image in test_images for question in image.questions]
-    train_questions = {question for image in train_images for question in image.questions}
+    questions = dict(question for image in test_images for question in image.questions)
+    trained_on: dict[str | None, set[str]] = defaultdict(set)  # pixels -> questions
+    for image in train_images:
+        trained_on[image.pixels].update(question for _, question in image.questions)
+    train_questions = set().union(*trained_on.values())
     by_pixels = {image.pixels: index for index, image in reversed(list(enumerate(train_images)))}
     hashes = (np.array([image.dhash for image in images], dtype=np.uint64) for images in (test_pictures, train_images))
     nearest_indices, _ = nearest(*hashes)
-    pairs = []
+    pairs, verbatim = [], set[str]()
     for image, nearest_index in zip(test_pictures, nearest_indices.tolist(), strict=True):
         match = by_pixels.get(image.pixels, nearest_index)
         if match >= 0:
             other = train_images[match]
-            shared_questions = sum(question in other.questions for question in image.questions)
+            shared = [id_ for id_, question in image.questions if question in trained_on[other.pixels]]
+            verbatim.update(shared)
             bits, exact = (image.dhash ^ other.dhash).bit_count(), image.pixels == other.pixels
-            pairs.append(Pair(test=image.name, train=other.name, bits=bits, exact=exact, questions=shared_questions))
+            pairs.append(Pair(test=image.name, train=other.name, bits=bits, exact=exact, questions=len(shared)))
     pairs.sort(key=lambda pair: (not pair.exact, pair.bits, pair.test))
     return Contamination(
         split=split,
@@ -79,22 +84,29 @@ def contamination(test: Samples, train: Samples, split: Split) -> Contamination:
         train_images=len(train_images),
         exact=sum(pair.exact for pair in pairs),
         near=sum(not pair.exact for pair in pairs),
-        verbatim=sum(pair.questions for pair in pairs),
+        verbatim=len(verbatim),
         questions=len(questions),
-        questions_in_training=sum(question in train_questions for question in questions),
+        questions_in_training=sum(question in train_questions for question in questions.values()),
         pairs=pairs[:MAX_PAIRS],
     )
 
 
-def _images(samples: Samples, title: str) -> Iterator[_Image]:
-    """All images of a split; the questions of a row are attached to its first."""
+def _images(samples: Samples, title: str, turns: int | None = None) -> Iterator[_Image]:
+    """All images of a split, each with the questions that show it; `turns`: of the first turns of each conversation."""
     for row in tqdm(range(samples.images), desc=title, unit="image"):
         row_samples = samples.about(row)
-        questions = [question_of(turn) for sample in row_samples if sample.kind != CAPTION for turn in sample.turns[:1]]
+        questions = [
+            (sample.id, question_of(turn), len(sample.upto(number).images))
+            for sample in row_samples
+            if sample.kind != CAPTION
+            for number, turn in enumerate(sample.turns[:turns], 1)
+        ]
         if not row_samples[0].images:
-            yield _Image(row_samples[0].image_id, None, 0, questions)
+            yield _Image(row_samples[0].image_id, None, 0, [(id_, question) for id_, question, _ in questions])
         for number, content in enumerate(row_samples[0].images):
             with Image.open(io.BytesIO(content)) as image:
                 rgb = image.convert("RGB")
                 digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-            yield _Image(row_samples[0].image_id, digest, dhash(rgb), questions if number == 0 else [])
+            # A question before the first image counts as the first's.
+            about = [(id_, question) for id_, question, shown in questions if number < max(shown, 1)]
+            yield _Image(row_samples[0].image_id, digest, dhash(rgb), about)

@@ -66,6 +66,32 @@ def test_twins_are_found_by_pixels_and_by_look(tmp_path: Path) -> None:
     assert report.questions_in_training == 4  # all but "Is it new?"
 
 
+def test_twins_of_later_images_rows_and_turns_are_counted(tmp_path: Path) -> None:
+    first, second, third = (encoded(picture(seed)) for seed in range(3))
+    conversation = (Turn("<image>\nWhat is it?", "a dog"), Turn("Is it old?", "yes"), Turn("<image>\nAnd this?", "a cat"))
+    train = [
+        ImageRow("talk", first, (("t0", "kind", conversation),), (second,)),
+        row("again", encoded(picture(0), "BMP"), "Where is it?"),  # the same pixels as a row of its own
+    ]
+    both = (Turn("<image>\n<image>\nAnd this?", "a cat"),)
+    test = [
+        ImageRow("pair", third, (("e0", "kind", both),), (second,)),  # the second image is the twin
+        row("later", first, "Is it old?", "Where is it?", "And this?"),
+        ImageRow("twice", first, (("e4", "kind", both),), (second,)),
+        row("early", second, "Is it old?"),  # trained on before the second image was shown
+    ]
+    report = contamination(*split_of(tmp_path, test, train), "test")
+    assert (report.exact, report.near, report.questions) == (5, 0, 6)
+    assert sorted((pair.test, pair.questions) for pair in report.pairs) == [
+        ("early", 0),
+        ("later", 3),
+        ("pair", 1),
+        ("twice", 1),
+        ("twice", 1),
+    ]
+    assert report.verbatim == 5 and report.questions_in_training == 6
+
+
 @pytest.mark.parametrize(("edit", "colours"), [(blank, 1), (blurred, 9)])
 def test_edited_images_have_the_size_of_those_that_they_replace(
     samples: Samples, edit: Callable[[bytes], bytes], colours: int
