@@ -100,8 +100,8 @@ def leaderboard(
     vlmeval_figures = {
         key.removeprefix("vlmeval/"): task.figures for key, task in table.read(current).tasks.items() if "vlmeval/" in key
     }
-    speed_report = speed.SpeedReport.read(speed.SPEED) if speed.SPEED.exists() else None
-    paths = board.write(board.build(comparison, index, teacher, settings.study.arms, speed_report, vlmeval_figures))
+    speeds = speed.read(current)
+    paths = board.write(board.build(comparison, index, teacher, settings.study.arms, speeds, vlmeval_figures))
     typer.echo(f"leaderboard: {len(comparison.arms)} arms beside the published rows -> {', '.join(map(str, paths))}")
 
 

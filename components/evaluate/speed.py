@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from components.config.settings import Settings
 from components.dataset.shards import Samples
+from components.errors import DataError
 from components.evaluate import generate
 from components.evaluate.memory import peak_mib
+from components.io import sha256
 from components.models.load import Loaded, load
 from components.models.template import Template
 from components.records.paths import DATASET, REPORTS, ROWS
@@ -26,6 +28,7 @@ SINGLE_QUESTIONS = 20  # questions answered one at a time, for the time to the f
 class Speed(Record):
     """Generation speed of one model on one device."""
 
+    model: str  # sha256 over its folder
     device: str
     tokens_per_second: float  # generated, over one batch of evaluate.batch_size, image encoding and prefill included
     first_token_ms: float  # median over single questions
@@ -40,17 +43,26 @@ class SpeedReport(Record):
     models: dict[str, Speed]
 
 
+def read(current: Callable[[str], str | None]) -> SpeedReport | None:
+    """Earlier speeds, without those of changed models; None if nothing was measured. `current`: arm -> hash of its model."""
+    try:
+        report = SpeedReport.read(SPEED)
+    except DataError:  # none, or one of another version
+        return None
+    return report.model_copy(update={"models": {a: speed for a, speed in report.models.items() if current(a) == speed.model}})
+
+
 def measure(models: Iterable[tuple[str, Path]], settings: Settings, device: torch.device) -> SpeedReport:
     """Speed of each model on the first `evaluate.batch_size` questions of the evaluated split, after one warm-up question."""
     samples = Samples(DATASET, settings.evaluate.split, ROWS)
     rows = generate.questions(samples)[: settings.evaluate.batch_size]
     speeds = {}
     for name, path in tqdm(list(models), desc="speed", unit="model"):
-        speeds[name] = _measure_model(load(path, device), samples, rows, settings)
+        speeds[name] = _measure_model(load(path, device), sha256([path]), samples, rows, settings)
     return SpeedReport(questions=len(rows), models=speeds)
 
 
-def _measure_model(loaded: Loaded, samples: Samples, rows: Sequence[int], settings: Settings) -> Speed:
+def _measure_model(loaded: Loaded, model: str, samples: Samples, rows: Sequence[int], settings: Settings) -> Speed:
     template = Template.from_settings(settings.models.template)
     device = loaded.model.device
 
@@ -66,6 +78,7 @@ def _measure_model(loaded: Loaded, samples: Samples, rows: Sequence[int], settin
     texts, seconds = answers(rows, settings.evaluate.max_new_tokens)
     token_ids = loaded.processor.tokenizer(texts, add_special_tokens=False).input_ids
     return Speed(
+        model=model,
         device=device.type,
         tokens_per_second=sum(len(tokens) + 1 for tokens in token_ids) / seconds,  # plus the EOS of each answer
         first_token_ms=1000 * median(answers([row], 1)[1] for row in rows[:SINGLE_QUESTIONS]),

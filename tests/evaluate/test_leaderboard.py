@@ -9,6 +9,7 @@ import pytest
 
 from components.config.study import Arm
 from components.errors import DataError
+from components.evaluate import speed
 from components.evaluate.benchmarks import PAPER
 from components.evaluate.compare import compare
 from components.evaluate.leaderboard import (
@@ -32,7 +33,7 @@ from tests.evaluate.study import ARMS, study_arms, write_study
 from tests.evaluate.test_compare import SETTINGS
 
 TEACHER = TeacherChoice(name="base", path="artifacts/models/teachers/base", sha256="0" * 64)
-SPEED = Speed(device="cpu", tokens_per_second=512.4, first_token_ms=12.34, memory_mib=5.6, parameters=9)
+SPEED = Speed(model="5" * 64, device="cpu", tokens_per_second=512.4, first_token_ms=12.34, memory_mib=5.6, parameters=9)
 Finished = tuple[Path, Comparison, dict[str, Arm]]
 
 
@@ -114,6 +115,16 @@ def test_what_was_not_measured_is_a_dash(board: Leaderboard, finished: Finished)
     assert speed_cells["teacher"] == speed_cells["kd"] == ["512", "12.3", "6"]
     assert speed_cells["sft"] == ["\N{EN DASH}"] * 3
     assert "250 questions to each model in one run on cpu" in markdown(timed)
+
+
+def test_a_speed_is_not_shown_for_a_model_trained_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert speed.read({}.get) is None
+    SpeedReport(questions=9, models={"teacher": SPEED, "kd": SPEED, "gone": SPEED}).write(speed.SPEED)
+    kept = speed.read({"teacher": SPEED.model, "kd": "6" * 64}.get)
+    assert kept is not None and list(kept.models) == ["teacher"]
+    speed.SPEED.write_text('{"questions": 9, "models": {"kd": {"device": "cpu"}}}')  # of a version that named no model
+    assert speed.read({}.get) is None
 
 
 def test_a_kit_s_scores_stand_in_the_paper_s_columns(board: Leaderboard, finished: Finished) -> None:
