@@ -15,6 +15,7 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 MD5 = "dvc.md5"  # tag: MD5 of the student's folder
 REGISTERED = "registered"  # ms since 1970
 VERSION_TAGS = ("arm", "recipe", "exact_match", MD5)  # tags of a version; the others are on its logged model
+SCORED = ("dvc.scores", "eval.fingerprint", "exact_match", "samples", "run.scores", REGISTERED)  # tags: of the scores
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model or run; no such alias or version, malformed id
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ def model_name(experiment: str) -> str:
 
 
 def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
-    """Create the model version of a journal's `register` event, unless it exists.
+    """Create the model version of a journal's `register` event; one that exists gets the tags of scores measured since.
 
     A candidate takes that alias from those registered before it. `run_id` is the run of the outcome; the version's own run is
     the training that made the bytes, if MLflow has it.
@@ -53,8 +54,8 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
     _create_model(client, model)
     md5 = line["tags"][MD5]
     version = by_md5(client, model, md5, line["tags"]["arm"])
+    tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
     if version is None:
-        tags = {**line["tags"], "run.scores": run_id, REGISTERED: str(line["time"])}
         logged = mlflow.create_external_model(
             tags["arm"], source, tags=tags, params=line["params"], experiment_id=experiment.experiment_id
         )
@@ -63,10 +64,19 @@ def register(client: Any, run_id: str, line: Mapping[str, Any]) -> None:
             tags={key: tags[key] for key in VERSION_TAGS if key in tags},
         )  # fmt: skip
         version = _version(client, created)
+    elif int(version.tags.get(REGISTERED, 0)) < line["time"]:
+        _set_scores(client, version, {key: tags[key] for key in SCORED if key in tags}, line["description"])
     if line["candidate"]:
         current = by_alias(client, model, CANDIDATE)
         if current is None or int(current.tags.get(REGISTERED, 0)) <= line["time"]:
             set_candidate(client, version)
+
+
+def _set_scores(client: Any, version: Version, tags: Mapping[str, str], description: str) -> None:
+    set_tags(client, version, {key: value for key, value in tags.items() if key in VERSION_TAGS})
+    client.update_model_version(version.model, version.number, description=description)
+    model_id = client.get_model_version(version.model, version.number).source.removeprefix("models:/")
+    client.set_logged_model_tags(model_id, tags)  # at last: the time among them says that all are set
 
 
 def set_candidate(client: Any, version: Version) -> None:

@@ -30,3 +30,23 @@ def test_every_experiment_has_a_model_that_mlflow_takes(
         mlflow_registry.register(client, run, line)
     version = mlflow_registry.by_alias(client, mlflow_registry.model_name(experiment), mlflow_registry.CANDIDATE)
     assert version is not None and (version.model, version.number, version.arm) == (model, "1", "sft")
+
+
+def test_a_version_has_the_scores_measured_last(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal weights: `alignti promote` compared the answers to questions of before."""
+    monkeypatch.chdir(tmp_path)
+    client = mlflow_client.client(uri)
+    experiment = client.create_experiment("rescored")
+    lines = []
+    for time, scores in enumerate(("a", "b"), 1):
+        tags = {"arm": "sft", mlflow_registry.MD5: "6" * 32, "exact_match": f"0.{time}", "dvc.scores": scores, "recipe": scores}
+        line = {"made_by": "none", "candidate": True, "time": time, "description": scores, "params": {}, "tags": tags}
+        lines.append((client.create_run(experiment).info.run_id, line))
+    for run, line in (*lines, lines[0]):  # the first is sent again: another database, a state that was deleted
+        mlflow_registry.register(client, run, line)
+    version = mlflow_registry.by_alias(client, "rescored", mlflow_registry.CANDIDATE)
+    assert version is not None and version.number == "1"
+    read = (version.tags["dvc.scores"], version.tags["exact_match"], version.tags["run.scores"], version.tags["recipe"])
+    assert read == ("b", "0.2", lines[1][0], "a")
+    stored = client.get_model_version("rescored", "1")
+    assert stored.description == "b" and "dvc.scores" not in stored.tags, "a row of the registry is short"
