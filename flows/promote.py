@@ -181,10 +181,12 @@ def _verdict(challenger: Version, champion: Version | None, settings: Settings, 
             names, (challenger_answers[0], champion_answers[0]), (challenger_answers[1], champion_answers[1]), settings.evaluate
         )
     except MeasuredDifferently as error:
-        raise MeasuredDifferently(
-            f"{error}: their scores do not compare, and {champion} stays; `alignti promote --measure` asks it the questions of"
-            " this folder's test split"
-        ) from None
+        advice = (
+            f"{challenger} was measured otherwise than this folder measures: `make repro` and `alignti register` do it anew"
+            if measure
+            else "`alignti promote --measure` asks it the questions of this folder's test split"
+        )
+        raise MeasuredDifferently(f"{error}: their scores do not compare, and {champion} stays; {advice}") from None
     low, high = (100 * bound for bound in gap.ci95)
     evidence = (
         f"{100 * gap.difference:+.2f} points ({settings.evaluate.confidence:.0%} interval {low:+.2f} to {high:+.2f},"

@@ -242,6 +242,17 @@ def test_the_first_champion_knows_more_than_the_most_frequent_answers(
     assert f"{right / 4:.1%} on 4 questions, recipe smoke; the most frequent answer to each kind gives 50.0%" in verdict.why
 
 
+def test_a_candidate_of_another_evaluation_is_to_be_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message named `--measure`, which had just been given."""
+    answer = Prediction(id="1", image_id="a", kind="count", question="?", reference="1", answer="1", correct=True)
+    monkeypatch.setattr(promote, "_recorded_answers", lambda _: ([answer], None))
+    monkeypatch.setattr(promote, "_measure_answers", lambda *_: ([answer], None))
+    new, old = (mlflow_registry.Version("tests", n, "sft", n, {"exact_match": "1"}) for n in "21")
+    for measured, advice in ((False, "`alignti promote --measure` asks"), (True, "`make repro` and `alignti register`")):
+        with pytest.raises(MeasuredDifferently, match=advice):
+            promote._verdict(new, old, load_settings(), measure=measured)
+
+
 def test_what_was_measured_differently_is_refused_or_measured_anew(trained: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     promote.register(["weak"], trained)
     promote.promote(None, trained)
