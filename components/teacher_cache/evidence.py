@@ -88,7 +88,7 @@ class Evidence:
     """Reader of one kind of evidence, for L_mcd.
 
     Args:
-        verified: share of the samples to edit, by largest positive effect; None: all.
+        verified: share of the samples to edit, rounded down to one or more, by largest positive effect; None: all.
 
     Raises DataError if a file is missing or its hash differs, or if no sample is left to edit.
     """
@@ -114,7 +114,9 @@ class Evidence:
         """Sample -> its row in the table."""
         table, effects = self._tensors["samples"], self._tensors["effects"]
         self._response_spans, self._place_spans = _spans(table[:, ROWS]), _spans(table[:, PLACES])
-        by_effect = effects.argsort(kind="stable")[::-1][: int((share or 1) * len(effects))]
+        # 0.29 of 100 are 29, though the product is below 29 in floats; of one sample a share is that sample
+        count = len(effects) if share is None else max(1, int(share * len(effects) + 1e-9))
+        by_effect = effects.argsort(kind="stable")[::-1][:count]
         verified = by_effect if share is None else by_effect[effects[by_effect] > 0]
         return {int(table[row, SAMPLE]): int(row) for row in verified}
 

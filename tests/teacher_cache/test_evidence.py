@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from components.records.paths import DATASET, MODELS, ROWS, SIGNALS, TEACHER
 from components.records.teacher import TeacherChoice
 from components.records.teacher_cache import SignalManifest
 from components.teacher_cache import __main__ as stage
+from components.teacher_cache import evidence as evidence_store
 from components.teacher_cache import find_evidence
 from components.teacher_cache.evidence import Evidence, collator, donor
 from components.tracking.journal import Run
@@ -191,6 +194,21 @@ def test_the_edits_of_a_batch_are_drawn_by_halves_and_only_of_verified_samples(m
             assert (share <= 0.5) == bool(edit.effect[row])
         assert edit.whole.shape == (int(predicting(edit.batch.response).sum()), edit.tokens.shape[1] + 1)
     assert {True, False} == set(effects)
+
+
+@pytest.mark.parametrize(
+    ("effects", "share", "count"), [([0.3], 0.5, 1), ([0.1] * 5, 0.5, 2), ([0.1] * 100, 0.29, 29), ([-0.1] * 3, 0.5, 0)]
+)
+def test_a_share_of_the_samples_is_one_at_least_and_no_float_takes_one_away(
+    effects: list[float], share: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = np.ones(len(effects), int)
+    tensors = {"samples": np.stack([one.cumsum(), one, one, one], 1), "effects": np.array(effects, np.float32)}
+    monkeypatch.setattr(evidence_store, "_read", lambda *_: tensors)
+    kept: Any = SimpleNamespace(asked=len(effects), right={"gradient": len(effects)})
+    none: Any = None
+    with pytest.raises(DataError, match="none is left") if not count else nullcontext():
+        assert len(Evidence(Path(), kept, "gradient", share, none, none)) == count
 
 
 def test_it_trains_and_resumes_to_the_same_bytes(mcd: Path) -> None:
