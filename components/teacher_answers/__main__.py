@@ -114,6 +114,8 @@ def _write_answers(folder: Path, settings: Settings, facts: AnswerFacts, device:
                     part_records += _generate_records(writer, samples, part[start : start + size], options.samples)
                     bar.update(len(part[start : start + size]))
                 write_text(files[-1], jsonl(part_records))
+            else:
+                bar.update(len(part))
             records += Answered.read_lines(files[-1])
     answer_tokens = [ids for entry in records for conversation in entry.answers for ids in conversation]
     answers, tokens = len(answer_tokens), sum(map(len, answer_tokens))
