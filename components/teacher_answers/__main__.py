@@ -63,7 +63,8 @@ def generate(settings: Settings) -> AnswerSet:
 
     device = prepare_torch(settings.runtime, 0, settings.distill.precision)
     expected_facts = facts(settings)
-    with resumable(ANSWERS, expected_facts, "components.teacher_answers.__main__") as draft:
+    size = settings.distill.micro_batch_size
+    with resumable(ANSWERS, expected_facts, "components.teacher_answers.__main__", micro_batch_size=size) as draft:
         return _write_answers(draft, settings, expected_facts, device)
 
 

@@ -76,7 +76,8 @@ def build_signals(settings: Settings) -> SignalManifest:
 
     device, options = prepare_torch(settings.runtime, 0, settings.distill.precision), settings.distill.teacher_signals
     expected_facts = facts(settings)
-    with resumable(SIGNALS, expected_facts, "components.teacher_cache.__main__") as draft:
+    batching = settings.distill.model_dump(include={"micro_batch_size", "logits_chunk_mib"})
+    with resumable(SIGNALS, expected_facts, "components.teacher_cache.__main__", **batching) as draft:
         precision = torch.bfloat16 if expected_facts.precision == "bf16" else torch.float32
         teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
         records = ModelIndex.read(MODELS / "index.json").students

@@ -15,11 +15,14 @@ from components.tracking.import_graph import SHARED, closure, modules
 
 
 @contextmanager
-def resumable(target: Path, facts: Record, module: str) -> Iterator[Path]:
+def resumable(target: Path, facts: Record, module: str, **batching: float) -> Iterator[Path]:
     """Draft of `target`, with the partial output of an interrupted run of the same facts and code of `module`. It replaces
-    `target` if the block succeeds. Raises TryAgainError if another process holds the draft."""
+    `target` if the block succeeds. `batching`: settings that decide bytes, though a reader takes any.
+
+    Raises TryAgainError if another process holds the draft.
+    """
     code = [modules()[name] for name in closure(module, SHARED)]
-    draft = RUNS / target.name / fingerprint(facts.model_dump(), code)
+    draft = RUNS / target.name / fingerprint({**facts.model_dump(), **batching}, code)
     draft.mkdir(parents=True, exist_ok=True)
     with locked(draft.with_suffix(".lock"), f"another process is making {target}"):
         for stray in draft.rglob(".*.tmp"):  # a kill in mid-write left it

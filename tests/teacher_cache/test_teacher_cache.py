@@ -263,6 +263,22 @@ def test_an_interrupted_build_goes_on_with_the_shard_that_it_was_at(workplace: P
     assert writes == [f".shard-{n:05d}.safetensors.tmp" for n in (0, 1, 1)]
 
 
+def test_an_interrupted_build_of_other_batches_is_not_gone_on_from(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(workplace, kind="sampled", micro_batch_size=1)
+    expected = signals_stage.build_signals(load_settings())
+    shutil.rmtree(SIGNALS)
+    configure(workplace, kind="sampled", micro_batch_size=4)  # whose draws are others
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("components.teacher_cache.approximation.measure", interrupt)
+        signals_stage.build_signals(load_settings())
+    configure(workplace, kind="sampled", micro_batch_size=1)
+    assert signals_stage.build_signals(load_settings()) == expected  # the shards' sha256 among it
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_no_cache_serves_is_refused_before_any_work(workplace: Path) -> None:
     configure(workplace, divergence={"kind": "forward", "mix": 0.5, "temperature": 1.0})
     study = json.loads(load_settings().study.model_dump_json())
