@@ -24,16 +24,17 @@ def sync_state(run: str) -> dict[str, Any] | None:
 
 
 def energy(run: str) -> dict[str, float]:
-    """Measured energy of this journal's run in Wh: `usage/gpu_wh`, `usage/cpu_wh`, as far as counters and the journal are here.
+    """Measured energy of this journal's run, `usage/gpu_wh` and `usage/cpu_wh`, as far as counters and the journal are here."""
+    return {name: wh for name, wh in used(run).items() if name in (system_metrics.GPU_WH, system_metrics.CPU_WH)}
 
-    A resumed run has a value per attempt; they are summed.
-    """
-    totals: dict[str, float] = {}
+
+def used(run: str) -> dict[str, float]:
+    """Last `usage/` values of this journal's run: over all of its attempts that ended otherwise than by a kill."""
+    values: dict[str, float] = {}
     for event in _events(run):
         if event["event"] == "metrics" and event["step"] is None:
-            for name in {system_metrics.GPU_WH, system_metrics.CPU_WH} & set(event["values"]):
-                totals[name] = totals.get(name, 0.0) + event["values"][name]
-    return totals
+            values |= {name: value for name, value in event["values"].items() if name.startswith("usage/")}
+    return values
 
 
 def ran(run: str) -> tuple[str | None, list[str]]:

@@ -27,8 +27,7 @@ from components.io import write_text
 from components.process import is_free, runs_module
 from components.records.paths import RUNS
 from components.records.record import parsed
-from components.tracking import provenance, system_metrics
-from components.tracking.history import LAST
+from components.tracking import history, provenance, system_metrics
 from components.tracking.journal import JOURNALS, Run, events, warn
 
 UNFINISHED = RUNS / "unfinished"  # one record per stage x cell whose last run did not finish
@@ -90,10 +89,11 @@ def stage_run(
     senders = [_start(["components.tracking.also", tracker, str(journal)], runtime, journal) for tracker in trackers]
     if not (metered and elapsed is None and _is_followed()):
         senders.append(_start_mirror([journal], runtime, *(() if metered else ("--below", run.id))))
+    used = history.used(run.id) if elapsed else {}  # none of a damaged journal either
     began = time.monotonic()
     status = "FAILED"
     try:
-        with system_metrics.metered(run, runtime) if metered else contextlib.nullcontext():
+        with system_metrics.metered(run, runtime, used) if metered else contextlib.nullcontext():
             yield run
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
@@ -101,13 +101,13 @@ def stage_run(
         raise
     finally:
         seconds = time.monotonic() - began + (elapsed or 0.0)
-        run.metrics({"seconds": seconds, **_cost(seconds, runtime, metered)})
+        run.metrics({"seconds": seconds, **_cost(seconds, runtime, metered, used)})
         if status == "FINISHED" and lineage is not None:
             _record_outputs(run, lineage)
         run.end(status)
         if status == "FINISHED":
             last = {"run": run.id, "seconds": round(seconds, 3), "recipe": nearest.name, **provenance.commit_tags()}
-            _write_note(LAST / f"{dvc_name}.json", last, f"how long {dvc_name} took is not recorded")
+            _write_note(history.LAST / f"{dvc_name}.json", last, f"how long {dvc_name} took is not recorded")
             _forget_unfinished(dvc_name, run.id)
         for sender in senders:
             _finish_mirror(sender, journal)
@@ -231,11 +231,11 @@ def _record_outputs(run: Run, lineage: _Lineage) -> None:
             warn(f"{out}: what this run made is not noted: {error}")
 
 
-def _cost(seconds: float, runtime: RuntimeSettings, metered: bool) -> dict[str, float]:
-    """CPU hours, child processes included, and hours of the stage's devices."""
+def _cost(seconds: float, runtime: RuntimeSettings, metered: bool, used: Mapping[str, float]) -> dict[str, float]:
+    """CPU hours, child processes and those `used` before included, and hours of the stage's devices."""
     times = os.times()
     cpu = times.user + times.system + times.children_user + times.children_system
-    hours = {"usage/cpu_hours": cpu / 3600}
+    hours = {system_metrics.CPU_HOURS: cpu / 3600 + used.get(system_metrics.CPU_HOURS, 0.0)}
     if metered:
         hours[system_metrics.DEVICE_HOURS] = runtime.devices * seconds / 3600
     return hours

@@ -12,7 +12,7 @@ import importlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,8 @@ from components.tracking.journal import Run, warn
 
 SAMPLE_S, FIRST_S = 10, 0.2  # between two samples, and before the first
 POWERCAP = Path("/sys/class/powercap")
-GPU_WH, CPU_WH, DEVICE_HOURS = "usage/gpu_wh", "usage/cpu_wh", "usage/device_hours"
+GPU_WH, CPU_WH = "usage/gpu_wh", "usage/cpu_wh"
+CPU_HOURS, DEVICE_HOURS = "usage/cpu_hours", "usage/device_hours"
 MJ_PER_WH, UJ_PER_WH, MB = 3.6e6, 3.6e9, 1e6
 
 
@@ -134,8 +135,9 @@ class Meter:
 
 
 @contextmanager
-def metered(run: Run, runtime: RuntimeSettings) -> Iterator[None]:
-    """Sample into `run` during the block and record its energy at the end. A failing counter ends the sampling only."""
+def metered(run: Run, runtime: RuntimeSettings, used: Mapping[str, float]) -> Iterator[None]:
+    """Sample into `run` during the block and record its energy at the end, beside what its earlier attempts `used`. A failing
+    counter ends the sampling only."""
     gpu_counters, gpu_reason = ([], "not measured: params/runtime.yaml says cpu") if runtime.device == "cpu" else gpus()
     rapl_counters, rapl_reason = packages()
     for key, reason in {"energy.gpu": gpu_reason, "energy.cpu": rapl_reason}.items():
@@ -162,7 +164,7 @@ def metered(run: Run, runtime: RuntimeSettings) -> Iterator[None]:
         done.set()
         watcher.join()
         with _warn_on_fault():
-            run.metrics(meter.energy())
+            run.metrics({name: wh + used.get(name, 0.0) for name, wh in meter.energy().items()})
 
 
 @contextmanager

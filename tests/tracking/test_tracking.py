@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from components.tracking import (
     mlflow_sync,
     outcome,
     provenance,
+    system_metrics,
 )
 from components.tracking.journal import JOURNALS
 from components.tracking.mlflow_mirror import Mirror
@@ -540,6 +542,18 @@ def test_a_stopped_stage_goes_on_in_its_run_and_tells_what_it_read_and_made(stag
     assert {a.path for a in client().list_artifacts(run.info.run_id)} == {"curve.png", "made", "origin.json"}
     work(SQLITE)
     assert len(journals()) == 2  # what is finished is not gone on with
+
+
+@pytest.mark.usefixtures("stage")
+def test_what_a_stopped_stage_used_is_counted_with_what_it_uses_as_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics.Meter, "energy", lambda _: {system_metrics.CPU_WH: 2.0})
+    monkeypatch.setattr("os.times", lambda: SimpleNamespace(user=3600.0, system=0, children_user=0, children_system=0))
+    stopped()
+    work()
+    (journal,) = journals()
+    used = {k: v for e in lines(journal) if e["event"] == "metrics" for k, v in e["values"].items() if "usage/" in k}
+    assert used["usage/cpu_wh"] == 4.0 and used["usage/cpu_hours"] == 2.0
+    assert history.energy(journal.stem) == {"usage/cpu_wh": 4.0}
 
 
 @pytest.mark.usefixtures("database")
