@@ -104,7 +104,7 @@ def _with_remedy(error: Exception) -> str:
 def restore(stage: str) -> bool:
     """Restore the stage's outputs for the current inputs from the cache or the pool's remote; False if neither has them.
 
-    `reproduce` then finds them and writes `dvc.lock`.
+    `reproduce` then finds them and writes `dvc.lock`. Raises InputError if the remote is of a kind without a run cache.
     """
     with _repo_lock:
         return _restore(stage) or (_has_pool() and _restore(stage, config={"core": {"remote": POOL}}))
@@ -113,7 +113,7 @@ def restore(stage: str) -> bool:
 def _restore(stage: str, config: dict[str, dict[str, str]] | None = None) -> bool:
     from dvc.dependency.base import DependencyDoesNotExistError
     from dvc.repo import Repo
-    from dvc.stage.cache import RunCacheNotFoundError
+    from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
 
     logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)  # `reproduce`, which follows, says the same
     with Repo(config=config, _wait_for_lock=True) as repo, repo.lock:
@@ -125,6 +125,8 @@ def _restore(stage: str, config: dict[str, dict[str, str]] | None = None) -> boo
             repo.stage_cache.restore(dvc_stage, pull=config is not None)
         except (RunCacheNotFoundError, DependencyDoesNotExistError):
             return False
+        except RunCacheNotSupported as error:
+            raise InputError(f"DVC remote {POOL} serves no results: {error}; give it another kind of address") from None
     return True
 
 
@@ -136,7 +138,7 @@ def _has_pool() -> bool:
 
 def fetch(target: str) -> None:
     """Pull the data of a .dvc file from the cache or the remote. Raises InputError."""
-    result = _run_dvc("pull", "--quiet", target)
+    result = _run_dvc("pull", target)
     if result.returncode:
         raise InputError(f"`dvc pull {target}` failed: {result.stderr.strip()[-2000:]}")
 
@@ -157,7 +159,7 @@ def push_to_pool() -> None:
     """Push outputs and run cache to the pool's remote, if there is one. Raises TryAgainError."""
     if not _has_pool():
         return
-    result = _run_dvc("push", "--quiet", "--run-cache", "--remote", POOL)
+    result = _run_dvc("push", "--run-cache", "--remote", POOL)
     if result.returncode:
         raise TryAgainError(f"`dvc push --run-cache --remote {POOL}` failed: {result.stderr.strip()[-2000:]}")
 
@@ -187,6 +189,7 @@ def checkout_folder(md5: str, folder: Path) -> None:
 
 
 def _run_dvc(*args: str) -> subprocess.CompletedProcess[str]:
+    """Output of the command; with `--quiet` DVC would keep its errors to itself, too."""
     return subprocess.run([*DVC, *args], capture_output=True, text=True, env=environment())
 
 

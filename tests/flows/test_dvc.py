@@ -220,6 +220,20 @@ def test_a_remote_that_does_not_answer_is_told_without_its_password(project: Pat
         f"[core]\n    no_scm = True\n    remote = theirs\n['remote \"theirs\"']\n    url = {REMOTE}\n"
     )
     (project / "data.dvc").write_text(f"outs:\n- md5: {'a' * 32}\n  size: 1\n  path: data\n")
-    with pytest.raises(InputError, match=r"`dvc pull data\.dvc` failed") as failure:
+    with pytest.raises(InputError, match=r"`dvc pull data\.dvc` failed: (?s:.+)neither locally nor on remote") as failure:
         dvc.fetch("data.dvc")
     assert CANARY not in str(failure.value)
+
+
+def test_what_ails_the_pool_is_told(project: Path) -> None:
+    def pool(url: object) -> None:
+        (project / ".dvc/config").write_text(f"[core]\n    no_scm = True\n['remote \"pool\"']\n    url = {url}\n")
+
+    dvc_repro.reproduce("first")
+    (project / "file").touch()
+    pool(project / "file")
+    with pytest.raises(TryAgainError, match=r"--remote pool` failed: (?s:.+)Not a directory"):
+        dvc.push_to_pool()
+    pool("http://127.0.0.1:9/pool")
+    with pytest.raises(InputError, match=r"run-cache is not supported for http.*another kind of address"):
+        dvc.restore("last")
