@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from components.errors import DataError, InputError
 from components.io import write_table
 from components.study.expand import SEED
+from components.tracking.journal import RECORDED
 from components.tracking.outcome import CELL, FINGERPRINT
 from components.tracking.stage_run import JOURNAL_ONLY
 
@@ -39,7 +40,7 @@ class Run:
     params: dict[str, str]  # parameters varied by the study
     metrics: dict[str, float]
     fingerprint: str
-    started: int  # ms since 1970
+    started: int  # ms since 1970; of earlier results restored since, when that was
     experiment: str = ""  # MLflow's experiment id
 
     @property
@@ -90,7 +91,7 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
             params=dict(run.data.params),
             metrics=dict(run.data.metrics),
             fingerprint=run.data.tags.get(FINGERPRINT, "null"),
-            started=run.info.start_time,
+            started=max(run.info.start_time, int(run.data.tags.get(RECORDED, 0))),
             experiment=run.info.experiment_id,
         )
         for run in runs

@@ -27,6 +27,7 @@ from components.records.paths import RUNS
 from components.tracking import provenance
 
 JOURNALS = RUNS / "journal"
+RECORDED = "recorded"  # tag: when results that were superseded became the current ones again, ms since 1970
 
 
 class Run:
@@ -147,10 +148,18 @@ def record(
     _append(journal, events)
 
 
-def register(key: str, **student: Any) -> bool:
-    """Append the `register` event of run `key` (read by `mlflow_registry.py`); False if the journal has one."""
+def renew(key: str, among: str) -> None:
+    """Tag run `key` as recorded now if one of pattern `among` is newer: its results are the current ones again."""
     journal = JOURNALS / f"{key}.jsonl"
-    if '"event": "register"' in journal.read_text(encoding="utf-8"):
+    written = journal.stat().st_mtime_ns
+    if any(other.stat().st_mtime_ns > written for other in JOURNALS.glob(f"{among}.jsonl")):
+        _append(journal, [{"event": "tag", "key": RECORDED, "value": str(_now_ms())}])
+
+
+def register(key: str, **student: Any) -> bool:
+    """Append the `register` event of run `key` (read by `mlflow_registry.py`); False if the journal has one since `renew`."""
+    journal = JOURNALS / f"{key}.jsonl"
+    if '"event": "register"' in journal.read_text(encoding="utf-8").rpartition(f'"key": "{RECORDED}"')[2]:
         return False
     _append(journal, [{"event": "register", **student}])
     return True

@@ -68,6 +68,7 @@ def record(arm: str, md5: str, params: Mapping[str, Any], runtime: RuntimeSettin
         },
         artifacts=[folder / "scores.json", folder / "predictions.jsonl"],
     )
+    journal.renew(key, f"{key[:-DIGITS]}{'?' * DIGITS}")
     return key
 
 

@@ -25,6 +25,7 @@ from components.errors import DataError, Interrupted, SettingsError
 from components.records.distill import Cost
 from components.records.evaluate import Scores
 from components.records.paths import SCORES, STUDENTS
+from components.study import runs as study_runs
 from components.tracking import (
     history,
     journal,
@@ -479,6 +480,28 @@ def test_an_outcome_is_recorded_once_beside_no_parent_and_found_by_the_page_that
     assert run.data.metrics["exact_match"] == 0.5 and run.data.metrics["cost/device_hours"] == 0.02  # two devices, 36 s
     address = outcome.comparison(keys, "http://x")
     assert address and all(run.info.run_id in address for run in by_name.values())
+
+
+@pytest.mark.usefixtures("database")
+def test_results_that_are_restored_are_the_latest_again(workspace: Path) -> None:
+    """A study changed and changed back: `alignti compare` showed the runs between."""
+    cost = Cost(train_seconds=36.0, peak_memory_mib=1.0, device="cpu", steps=3)
+    cost.write(STUDENTS / "kd" / "cost.json")
+    (SCORES / "kd").mkdir(parents=True)
+    (SCORES / "kd" / "predictions.jsonl").write_text("")
+    scores = Scores(
+        arm="kd", samples=2, exact_match=0.5, per_kind={"a": 0.5}, yes_no={}, token_f1=0.5, token_f1_per_kind={"a": 0.5}
+    )
+    student = {"made_by": "", "candidate": True, "params": {}, "description": "", "tags": {"arm": "kd", "dvc.md5": "0"}}
+    latest, registered = [], []
+    for exact_match in (0.25, 0.75, 0.25, 0.25):
+        scores.model_copy(update={"exact_match": exact_match}).write(SCORES / "kd" / "scores.json")
+        key = outcome.record("kd", "0", {}, runtime(), outcome.CELL, study="terms", variant="kd")
+        registered.append(journal.register(key, **student))
+        mlflow_sync.sync(SQLITE)
+        latest.append(max(study_runs.read(client(), "tests", "terms"), key=lambda run: run.started).metrics["exact_match"])
+    assert latest == [0.25, 0.75, 0.25, 0.25] and len(journals()) == 2
+    assert registered == [True, True, True, False]
 
 
 # --- stages of dvc.yaml: what they read and make, and going on ----------------------------------------------------------
