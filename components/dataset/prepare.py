@@ -21,6 +21,7 @@ from components.dataset.shard_jobs import Part, PartFiles, make
 from components.dataset.shard_writer import joined
 from components.dataset.source import Refused, Source, quarantined
 from components.digits import grids
+from components.digits.raw import FILE
 from components.errors import NO_ROOM, DataError, InputError, TryAgainError
 from components.io import fingerprint, write_text
 from components.process import cores
@@ -38,7 +39,7 @@ def prepare(settings: DataSettings, raw: Path = RAW, target: Path = DATASET, wor
     """
     draft = target.with_name(f".{target.name}.draft")
     try:
-        _begin(draft, settings)
+        _begin(draft, settings, raw)
         source = source_of(settings, draft / "index.sqlite", raw, workers or cores())
         manifest = write(source, settings, draft, workers or cores())
         write_card(draft, source, manifest)
@@ -61,10 +62,11 @@ def source_of(settings: DataSettings, index: Path, raw: Path = RAW, workers: int
     return grids.source(settings, raw) if settings.source == "digits" else mixture.source(settings, index, workers)
 
 
-def _begin(draft: Path, settings: DataSettings) -> None:
+def _begin(draft: Path, settings: DataSettings, raw: Path) -> None:
     """Start an empty draft, or resume one of the same settings, files and code, without its half-written files."""
     started = draft / "started"
-    paths = [] if settings.source == "digits" else [path for store in mixture.stores(settings).values() for path in store.paths]
+    stores = {} if settings.source == "digits" else mixture.stores(settings)
+    paths = [path for store in stores.values() for path in store.paths] or [raw / FILE]
     files = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()}
     same = fingerprint({"settings": settings.model_dump(mode="json"), "files": files}, ["dataset", "digits"])
     if not started.exists() or started.read_text(encoding="utf-8") != same:

@@ -115,6 +115,21 @@ def test_what_a_killed_run_left_does_not_matter(raw_folder: Path, small: DataSet
     assert not (target / "stray").exists()
 
 
+def test_a_draft_of_other_handwriting_is_not_gone_on_from(
+    raw_folder: Path, small: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepare(small, raw_folder, tmp_path / "expected")
+    other, target = tmp_path / "raw", tmp_path / "dataset"
+    shutil.copytree(raw_folder, other)
+    head, *digits = (other / "digits.csv").read_text().splitlines(keepends=True)
+    (other / "digits.csv").write_text("".join([head, *reversed(digits)]))
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(stage, "write_card", None)  # after the last part
+        prepare(small, other, target)
+    shutil.copy2(raw_folder / "digits.csv", other / "digits.csv")
+    assert prepare(small, other, target) == expected
+
+
 def test_a_row_that_gets_lost_is_noticed(
     raw_folder: Path, small: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
