@@ -124,8 +124,8 @@ import os, signal, sys, time
 from components import process
 path = sys.argv[1]
 def main():
-    open(path, "w").write("at work")
     try:
+        open(path, "w").write("at work")
         time.sleep(60)
     finally:
         time.sleep(0.5)
