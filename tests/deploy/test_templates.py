@@ -17,6 +17,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from prefect.utilities.templating import apply_values
 
+from flows import QUIET
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 WORKER_TYPES = {"docker": ("prefect-docker", "docker"), "kubernetes": ("prefect-kubernetes", "kubernetes")}
@@ -105,6 +107,7 @@ def test_the_image_installs_what_is_pinned_and_runs_as_nobody_special() -> None:
     extras = dict(steps)["ARG"].partition("=")[2].split(",")
     declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert set(extras) <= set(declared)
+    assert set(dict(steps)["ENV"].split()) >= {f"{name}={value}" for name, value in QUIET.items()}
     assert dict(steps)["USER"] == "alignti" and json.loads(dict(steps)["ENTRYPOINT"])[0] == "tini"
 
 
