@@ -79,8 +79,11 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
     """
     arguments.check_export(folder, dtype, shard, force)
     ref = find(name, settings)
-    if folder.resolve() == ref.path.resolve():
-        raise InputError(f"{folder} is the folder of {name} itself, which --force would replace; choose another")
+    own = [ref.path, *([base_folder(ref.path)] if (ref.path / ADAPTER).exists() else [])]
+    if folder.resolve() in [path.resolve() for path in own]:
+        raise InputError(
+            f"{folder} is the folder of {name} itself, or of its base, which --force would replace; choose another"
+        )
     source = open_model(ref.path, "cpu")
     dtype = dtype or stored_dtype(ref.path)
     template = template_of(ref, source, settings)

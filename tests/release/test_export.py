@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def test_a_model_does_not_replace_itself(project: Path, settings: Settings) -> N
     original = sorted((path, path.read_bytes()) for path in MODEL.iterdir())
     with pytest.raises(InputError, match="is the folder of align_ti itself"):
         export("align_ti", MODEL, settings, "bf16", "5GB", force=True)
+    adapters = Path("adapters")
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(MODEL)}))
+    with pytest.raises(InputError, match=r"is the folder of \./adapters itself, or of its base"):
+        export("./adapters", MODEL, settings, "bf16", "5GB", force=True)
     assert sorted((path, path.read_bytes()) for path in MODEL.iterdir()) == original
 
 
