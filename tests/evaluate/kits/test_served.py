@@ -162,7 +162,7 @@ def test_three_ways_of_measuring_one_student_agree(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(serve, "served", lambda *_: nullcontext(endpoint))  # the session's: sft is the same model
+    monkeypatch.setattr(serve, "served", lambda *_: nullcontext((endpoint, None)))  # the session's: sft is the same model
     lm_eval_tasks.split.cache_clear()
     monkeypatch.setattr("sys.argv", ["evaluate", "--arm", "sft"])
     evaluate_stage()
