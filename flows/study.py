@@ -136,7 +136,8 @@ def study(
     """
     end_with_worker()
     with folder(isolated=True, recipe=recipe):
-        tag(name, recipe or recipes.nearest()[0])
+        nearest = recipe or recipes.nearest()[0]
+        tag(name, nearest)
         cells, plan = expand.cells(name), expand.read(name)
         expand.expand(name)
         runtime = load_settings().runtime
@@ -144,7 +145,7 @@ def study(
         with prefect_artifacts.linked(runtime, run_context) as run:
             run.tag("study", name)
             pool = RemoteStages(name, workspace.head(), recipe, run.id) if over_pool else None
-            record = _recorder(name, cells, runtime)
+            record = _recorder(name, nearest, cells, runtime)
             budget = Budget(plan.device_hours, runtime.devices)
             outcomes = _run(cells, plan, run.id, parallel or (MAX_SUBMITTED if pool else 1), budget, record, pool)
             for arm, arm_outcome in outcomes.items():
@@ -163,12 +164,13 @@ def study(
     return outcomes
 
 
-def _recorder(name: str, cells: list[Cell], runtime: RuntimeSettings) -> Callable[[Cell], None]:
+def _recorder(name: str, recipe: str | None, cells: list[Cell], runtime: RuntimeSettings) -> Callable[[Cell], None]:
+    tags = {"study": name} | ({"recipe": recipe} if recipe else {})
     varied = outcome.varied({cell.name: cell.arm.model_dump(mode="json") for cell in cells})
 
     def record(cell: Cell) -> None:
         md5 = provenance.digests()[str(STUDENTS / cell.name)]
-        outcome.record(cell.name, md5, varied[cell.name], runtime, outcome.CELL, study=name, variant=cell.variant)
+        outcome.record(cell.name, md5, varied[cell.name], runtime, outcome.CELL, variant=cell.variant, **tags)
 
     return record
 

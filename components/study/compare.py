@@ -89,20 +89,23 @@ def compare(
     """Result of a study over `cells`, the study's arms; the latest of `runs` counts for each.
 
     Raises:
-        DataError: there are no runs, two have the same variant and seed, or their fingerprints are unknown or differ.
+        DataError: there are no runs, two have the same variant and seed, or their recipes or fingerprints differ, or the latter
+            are unknown.
     """
     latest = {run.cell: run for run in sorted(runs, key=lambda run: run.started) if run.cell in set(cells)}
     if not latest:
         others = f" ({abbreviate([run.cell for run in runs])} are of another)" if runs else ""
         raise DataError(f"no cell of study {study} has been run{others}; `alignti study run {study}` runs them")
     chosen = [latest[cell] for cell in cells if cell in latest]
+    _check_recipes(chosen)
     check_fingerprints(chosen)
     by_variant: dict[str, list[Run]] = defaultdict(list)
     for run in chosen:
         if twin := next((r for r in by_variant[run.variant] if r.seed == run.seed), None):
             raise DataError(f"{twin.cell} and {run.cell} have one variant, {run.variant}, and one seed, {run.seed or 'none'}")
         by_variant[run.variant].append(run)
-    factors = [p for p in chosen[0].params if p != SEED and len({run.params.get(p) for run in chosen}) > 1]
+    params = dict.fromkeys(path for run in chosen for path in run.params if path != SEED)
+    factors = [path for path in params if len({run.params.get(path) for run in chosen}) > 1]
     return StudyResult(
         study=study,
         runs=chosen,
@@ -115,6 +118,17 @@ def compare(
         effects=[effect for factor in factors for effect in _effects(factor, chosen, confidence)],
         factors=factors,
     )
+
+
+def _check_recipes(runs: Sequence[Run]) -> None:
+    """Raises DataError if two runs have different recipes, and thereby another teacher or other rows; names cells of both."""
+    cells: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        cells[run.recipe].append(run.cell)
+    cells.pop("", None)
+    if len(cells) > 1:
+        groups = " against ".join(f"{abbreviate(names)} ({recipe})" for recipe, names in cells.items())
+        raise DataError(f"arms of different recipes are not compared: {groups}; run the study again, the whole of it under one")
 
 
 def check_fingerprints(runs: Sequence[Run]) -> None:

@@ -42,6 +42,7 @@ class Run:
     fingerprint: str
     started: int  # ms since 1970; of earlier results restored since, when that was
     experiment: str = ""  # MLflow's experiment id
+    recipe: str = ""  # nearest recipe of the study's params; unknown of older runs
 
     @property
     def seed(self) -> str:
@@ -93,6 +94,7 @@ def read(client: Any, experiment: str, study: str) -> list[Run]:
             fingerprint=run.data.tags.get(FINGERPRINT, "null"),
             started=max(run.info.start_time, int(run.data.tags.get(RECORDED, 0))),
             experiment=run.info.experiment_id,
+            recipe=run.data.tags.get("recipe", ""),
         )
         for run in runs
     ]
@@ -103,12 +105,12 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
     params = dict.fromkeys(PARAM + name for run in runs for name in run.params)
     metrics = sorted({METRIC + name for run in runs for name in run.metrics})
     rows = [
-        dict(zip(COLUMNS, (run.id, run.cell, run.variant, run.fingerprint), strict=True))
+        dict(zip((*COLUMNS, "recipe"), (run.id, run.cell, run.variant, run.fingerprint, run.recipe), strict=True))
         | {PARAM + name: value for name, value in run.params.items()}
         | {METRIC + name: value for name, value in run.metrics.items()}
         for run in runs
     ]
-    write_table(path, rows, [*COLUMNS, *params, *metrics])
+    write_table(path, rows, [*COLUMNS, "recipe", *params, *metrics])
 
 
 def read_csv(path: Path) -> list[Run]:
@@ -152,4 +154,5 @@ def _run(row: dict[str, Any]) -> Run:
         metrics=metrics,
         fingerprint=row["fingerprint"],
         started=0,
+        recipe=row.get("recipe", ""),
     )

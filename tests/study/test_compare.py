@@ -155,6 +155,17 @@ def test_scores_that_were_not_measured_alike_are_refused(fingerprint: str, messa
         result([run("0.0", "0.0", 1, 0.5, fingerprint), *RUNS[1:]])
 
 
+def test_runs_of_two_recipes_are_refused_and_of_an_unknown_one_are_not() -> None:
+    known = [replace(r, recipe="digits") for r in RUNS[1:]]
+    assert result([RUNS[0], *known]).runs == [RUNS[0], *known]
+    with pytest.raises(DataError, match=r"iva0-tpa0-seed1 \(base\) against iva0-tpa0-seed2, .* and 8 more \(digits\)"):
+        result([replace(RUNS[0], recipe="base"), *known])
+
+
+def test_what_the_first_run_does_not_name_is_a_factor_too() -> None:
+    assert "tpa.draws" in result([*RUNS[:-1], replace(RUNS[-1], params=RUNS[-1].params | {"tpa.draws": "2"})]).factors
+
+
 def test_a_study_that_has_not_run_is_told_how_to() -> None:
     with pytest.raises(DataError, match="alignti study run terms"):
         result([])

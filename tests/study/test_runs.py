@@ -23,9 +23,10 @@ def test_arms_that_only_a_journal_holds_are_sent_first(tmp_path: Path, monkeypat
     runtime = load_settings().runtime.model_copy(update={"tracking_uri": "sqlite:///mlflow.db", "experiment": "align-ti"})
     monkeypatch.chdir(tmp_path)
     client("sqlite:///mlflow.db").create_experiment("align-ti")
-    tags = {"stage": "cell", "study": "terms", "cell": "kd-seed1", "variant": "kd"}
+    tags = {"stage": "cell", "study": "terms", "cell": "kd-seed1", "variant": "kd", "recipe": "digits"}
     journal.record("cell-kd-seed1", "kd-seed1", runtime=runtime, tags=tags, params={"seed": 1}, metrics={SCORE: 0.5})
-    assert [run.cell for run in load_runs("sqlite:///mlflow.db", "align-ti", "terms")] == ["kd-seed1"]
+    runs = load_runs("sqlite:///mlflow.db", "align-ti", "terms")
+    assert [(run.cell, run.recipe) for run in runs] == [("kd-seed1", "digits")]
 
 
 def test_an_address_without_an_mlflow_is_said_and_not_repeated() -> None:
@@ -48,9 +49,10 @@ def test_a_database_of_an_older_mlflow_is_told_with_the_remedy(tmp_path: Path) -
 
 def test_a_csv_of_runs_gives_the_comparison_again(tmp_path: Path) -> None:
     path = tmp_path / "compare.csv"
-    write_csv(path, RUNS)
+    runs = [replace(run, recipe="digits") for run in RUNS]
+    write_csv(path, runs)
     path.write_text(path.read_text(), encoding="utf-8-sig")  # as spreadsheets do
-    assert compare("terms", read_csv(path), CELLS, FAMILIES, 0.95) == compare("terms", RUNS, CELLS, FAMILIES, 0.95)
+    assert compare("terms", read_csv(path), CELLS, FAMILIES, 0.95) == compare("terms", runs, CELLS, FAMILIES, 0.95)
 
 
 def test_the_runs_of_several_csvs_are_compared_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
