@@ -28,6 +28,7 @@ from components.records.record import Record
 Sizes = tuple[tuple[int, int], ...]  # width and height of each image of a sample
 VERDICT = np.dtype([("turns", "<u2"), ("tokens", "<i4"), ("response", "<i4")])  # turns: retained; 0: left out
 CACHED_SIZES = 2**14  # image sizes in the cache of placeholder texts
+ENCODING = ("*token*", "vocab*", "merges*", "*.model", "*processor*", "chat_template*")  # files of a model's folder
 CUT, RESIZED = "cut", "resized"  # issues of usable samples; a sample with any other reason is left out
 
 
@@ -158,9 +159,10 @@ def _lengths(row: Encoded, extra_tokens: tuple[int, ...]) -> np.ndarray:
 
 
 def distinct_encodings(folders: Sequence[Path]) -> list[Path]:
-    """Model folders, one per distinct set of tokenizer, processor and chat template files."""
+    """Model folders, one per distinct set of tokenizer, processor and chat template files; older tokenizers have no token in
+    their files' names."""
     folder_by_hash: dict[str, Path] = {}
     for folder in folders:
-        files = [path for pattern in ("*token*", "*processor*", "chat_template*") for path in folder.glob(pattern)]
+        files = [path for pattern in ENCODING for path in folder.glob(pattern)]
         folder_by_hash.setdefault(sha256(sorted(set(files))), folder)
     return list(folder_by_hash.values())

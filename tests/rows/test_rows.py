@@ -28,7 +28,7 @@ from components.records.paths import SPLITS, Split
 from components.records.rows import TriedRows
 from components.rows import trial
 from components.rows.__main__ import closing_line
-from components.rows.judge import Judge
+from components.rows.judge import Judge, distinct_encodings
 from components.rows.trial import try_rows
 from tests.families import toy
 from tests.shards import write_split
@@ -303,6 +303,16 @@ def test_an_interrupted_run_goes_on_and_workers_change_nothing(root: Path, monke
     tried(root)
     assert len(jobs) == len(set(jobs)) + 1 == 6, "four parts of train, one of val and of test, each tried once"
     assert {path.name: path.read_bytes() for path in (root / "rows").iterdir()} == outputs
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"])
+def test_models_that_differ_in_any_file_of_their_encoding_are_both_asked(name: str, tmp_path: Path) -> None:
+    folders = [tmp_path / model for model in ("teacher", "student", "twin")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / name).write_text("b" if folder.name == "student" else "a")
+        (folder / "config.json").write_text(folder.name)
+    assert distinct_encodings(folders) == folders[:2]
 
 
 def test_a_process_of_its_own_finds_the_work() -> None:

@@ -76,7 +76,7 @@ def divide_special_tokens(body: dict[str, Any], tokenizer: Any) -> None:
     """Put a character that the tokenizer drops into each special token that a request's texts spell: no text opens or ends a
     turn, as in training (components/models/plain.py)."""
     spelling = re.compile("|".join(map(re.escape, sorted(special_tokens(tokenizer), key=len, reverse=True))) or "(?!)")
-    for part, key in _texts(body, ("content", "text", "input")):
+    for part, key in _texts(body, ("content", "text", "input", "instructions")):
         part[key] = spelling.sub(lambda match: match[0][0] + DROPPED + match[0][1:], part[key].replace(DROPPED, ""))
     backend = tokenizer.backend_tokenizer
     if DROPPED not in str(backend.normalizer):
@@ -85,12 +85,12 @@ def divide_special_tokens(body: dict[str, Any], tokenizer: Any) -> None:
 
 
 def _texts(body: dict[str, Any], keys: Sequence[str]) -> Iterator[tuple[Any, Any]]:
-    """Objects of a request's messages or input that hold a text under one of `keys`, each with its key."""
+    """Objects of a request's messages, input or instructions that hold a text under one of `keys`, each with its key."""
     parts: list[Any] = [body]
     while parts:
         part = parts.pop()
         for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-            if part is body and key not in ("messages", "input"):
+            if part is body and key not in ("messages", "input", "instructions"):
                 continue
             if isinstance(value, dict | list):
                 parts.append(value)

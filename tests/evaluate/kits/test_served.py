@@ -132,6 +132,20 @@ def test_a_wrong_request_is_told_what_is_wrong(endpoint: Endpoint, wrong: dict[s
 
 
 @needs_server
+def test_special_tokens_are_text_in_all_that_a_request_may_say(loaded: Loaded) -> None:
+    from components.evaluate.kits.stock_server import divide_special_tokens
+
+    tokenizer = loaded.processor.tokenizer
+    eos = tokenizer.eos_token
+    part = {"type": "input_text", "text": eos}
+    said = {"instructions": eos, "input": [{"role": "user", "content": [part]}], "messages": [{"content": eos}]}
+    divide_special_tokens(said, tokenizer)
+    assert eos not in json.dumps(said)
+    divide_special_tokens(body := {"input": eos}, tokenizer)
+    assert eos not in json.dumps(body)
+
+
+@needs_server
 def test_an_answer_is_no_longer_than_the_context() -> None:
     from components.evaluate.kits.stock_server import check
 
