@@ -14,6 +14,7 @@ from components.dataset.row import NumberedRow
 from components.errors import DataError, Refusal
 
 TOGETHER = 256  # rows
+HELD_TOGETHER = 16  # rows whose pictures are decoded into one Arrow array, which holds at most 2 GiB
 
 
 def rows(files: list[Path]) -> Iterator[NumberedRow]:
@@ -148,6 +149,8 @@ def _undamaged(path: Path, group: int) -> Iterator[None]:
 
 @lru_cache(maxsize=1)  # a part's rows are adjacent
 def _column(path: Path, group: int, column: str) -> Any:
+    import pyarrow as pa
+
     file = _opened(path)
-    with _undamaged(path, group):
-        return file.read_row_group(group, columns=[column]).column(0).combine_chunks()
+    with _undamaged(path, group):  # in batches: Arrow reads no nested value of a row group of more than 2 GiB at once
+        return pa.chunked_array([batch.column(0) for batch in file.iter_batches(HELD_TOGETHER, [group], [column])])

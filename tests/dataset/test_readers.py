@@ -618,6 +618,18 @@ def test_bytes_in_columns_of_every_kind(column: Any, expected: Any, tmp_path: Pa
     assert stored_images(tmp_path / "x.parquet", {"image": column}) == expected
 
 
+def test_a_row_group_that_arrow_reads_in_no_one_piece_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of more than 2 GiB of pictures, as pandas writes them: a million rows in a group."""
+
+    def overflow(*_: object, **__: object) -> None:
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented for chunked array outputs")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", overflow)
+    pictures = [bytes([number]) for number in range(40)]
+    column = pa.array([{"bytes": content} for content in pictures], STRUCT)
+    assert stored_images(tmp_path / "x.parquet", {"image": column}) == [[content] for content in pictures]
+
+
 def test_a_null_of_a_list_of_pictures_keeps_its_place(tmp_path: Path) -> None:
     pq.write_table(pa.table({"images": pa.array([[None, {"bytes": b"x"}]], pa.list_(STRUCT))}), tmp_path / "x.parquet")
     ((_, _, raw),) = store(str(tmp_path / "x.parquet"), None).rows()
