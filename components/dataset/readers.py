@@ -135,7 +135,9 @@ def _downloaded(address: str) -> str:
     if where.count("/") != 1 or len(commit) != 40 or not pattern:
         raise DataError(f"params/data.yaml: {address} is not {HUB}ORG/NAME@COMMIT/FILES, with all 40 digits of the commit")
     try:
-        folder = snapshot_download(where, repo_type="dataset", revision=commit, allow_patterns=[pattern])
+        # The hub's `**/` is one folder or more, a local one none or more; its `*` matches the / of folders, too.
+        allowed = [pattern.replace("**/", "*")]
+        folder = snapshot_download(where, repo_type="dataset", revision=commit, allow_patterns=allowed)
     except LocalEntryNotFoundError:
         raise TryAgainError(f"{address}: the hub cannot be reached, and not all of it was downloaded before") from None
     except HfHubHTTPError as error:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,7 +27,7 @@ from PIL import Image
 from components.config.data import DataLimits, DataSettings, Mixture, MixtureSource
 from components.dataset import json_rows
 from components.dataset.prepare import prepare
-from components.dataset.readers import HUB, READERS, store
+from components.dataset.readers import HUB, READERS, matching_files, store
 from components.dataset.shards import Samples
 from components.errors import DataError, Refusal, TryAgainError
 from components.records.dataset import Overlap, Sources
@@ -782,6 +783,25 @@ def test_a_parquet_file_with_a_damaged_footer_never_aborts_the_process(tmp_path:
 def test_what_is_no_source_is_said_at_once(files: str, images: Path | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         store(files, images)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "data/**/r*.jsonl", "data/*/r?.jsonl", "data/r0.jsonl"])
+def test_a_pattern_stands_for_the_same_files_on_the_hub(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("r0.jsonl", "data/r0.jsonl", "data/a/r1.jsonl", "data/a/b/r2.jsonl", "data/a/s.txt")
+
+    def placed(folder: Path, names: Iterable[str]) -> Path:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        return folder
+
+    def download(*_: object, allow_patterns: list[str], **__: object) -> Path:
+        return placed(tmp_path / "hub", filter_repo_objects(names, allow_patterns=allow_patterns))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = matching_files(f"hf://datasets/a/b@{'0' * 40}/{pattern}")
+    local = matching_files(str(placed(tmp_path / "local", names) / pattern))
+    assert [file.relative_to(tmp_path / "hub") for file in found] == [file.relative_to(tmp_path / "local") for file in local]
 
 
 def test_without_the_hub_the_same_command_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
