@@ -8,6 +8,7 @@ JPEG, else as PNG.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import unicodedata
@@ -22,10 +23,11 @@ from xxhash import xxh3_128_hexdigest
 
 from components.config.data import DataLimits
 from components.dataset.perceptual_hash import dhash
-from components.errors import AlignTIError, Refusal
+from components.errors import LIMITS, AlignTIError, Refusal, TryAgainError
 
 KEPT = ("JPEG", "PNG", "WEBP")
 READ = (*KEPT, "GIF", "BMP", "TIFF")  # raster formats only: Pillow would hand an EPS file to Ghostscript
+PASSING = (*LIMITS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN)  # no file's own fault
 
 
 class Picture(NamedTuple):
@@ -69,7 +71,7 @@ def too_large(path: str, size: int, max_mib: float) -> Refusal:
 
 
 def read(path: Path, max_mib: float) -> bytes:
-    """Content of an image file. Raises Refusal: missing_file or too_large."""
+    """Content of an image file. Raises Refusal: missing_file or too_large; TryAgainError as `unreadable`."""
     try:
         if not path.is_file():
             raise Refusal("missing_file", f"{path} is no file{_spelt_otherwise(path)}")
@@ -77,7 +79,16 @@ def read(path: Path, max_mib: float) -> bytes:
             raise too_large(str(path), size, max_mib)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise Refusal("missing_file", f"{str(path)!r} cannot be read: {error}") from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: Exception) -> Refusal | TryAgainError:
+    """Refusal missing_file; TryAgainError if the disk, its server or the process is at fault: no row is lost for it."""
+    if getattr(error, "errno", None) in PASSING:
+        return TryAgainError(
+            f"{path} cannot be read: {error}; run again to go on, and if that does not pass, restore the file or drop its rows"
+        )
+    return Refusal("missing_file", f"{str(path)!r} cannot be read: {error}")
 
 
 def _spelt_otherwise(path: Path) -> str:

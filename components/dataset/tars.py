@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from components.dataset import json_rows
 from components.dataset.image_refs import IMAGE_KEYS
-from components.dataset.images import too_large
+from components.dataset.images import too_large, unreadable
 from components.dataset.media import MEDIA_FILE, Held
 from components.dataset.row import CAPTION, CONVERSATION, NumberedRow
 from components.errors import DataError, Refusal
@@ -184,4 +184,4 @@ def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
     except OSError as error:
-        raise Refusal("missing_file", f"{path} cannot be read: {error}") from None
+        raise unreadable(path, error) from None

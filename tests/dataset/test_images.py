@@ -1,5 +1,6 @@
 """What becomes of a user's image file, whatever it is."""
 
+import errno
 import io
 import os
 import re
@@ -14,7 +15,7 @@ from PIL import Image
 
 from components.config.data import DataLimits
 from components.dataset.images import Picture, _pixels, load, read
-from components.errors import Refusal
+from components.errors import Refusal, TryAgainError
 
 LIMITS = DataLimits(max_pixels=10_000, max_image_mib=1, max_text_chars=1000, max_bad_ratio=0.1)
 GRADIENT = np.linspace(0, 255, 20 * 30 * 3).reshape(20, 30, 3).astype(np.uint8)
@@ -169,6 +170,17 @@ def test_no_file(tmp_path: Path) -> None:
     assert refused(tmp_path / ("long" * 100)) == "missing_file"
     os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
     assert refused(tmp_path / "pipe.png") == "missing_file"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE])
+def test_a_disk_that_does_not_answer_costs_no_row(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(TryAgainError, match=r"a\.png cannot be read.*run again"):
+        read(tmp_path / "a.png", 1)
 
 
 def test_zero_bytes(tmp_path: Path) -> None:
