@@ -7,7 +7,7 @@ from typing import Any
 
 from components.dataset.changes import Changes
 from components.dataset.json_values import checked_text, is_empty, short
-from components.dataset.media import MEDIA_BASE64, MEDIA_DATA, Held
+from components.dataset.media import MEDIA_BASE64, Held
 from components.errors import Refusal
 
 IMAGE_KEYS = ("image", "images")
@@ -27,7 +27,7 @@ def image_refs(
     """
 
     def checked(reference: str | Held) -> str | Held:
-        if isinstance(reference, Held) or MEDIA_DATA.match(reference):
+        if isinstance(reference, Held) or reference.startswith("data:"):
             return reference
         return _path(reference, folder, changes)
 

@@ -70,6 +70,11 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
         "data:IMAGE/PNG;BASE64,AAAA",
         set(),
     ),
+    "a data URL of no type": (
+        {"image": "data:;base64,/9j//4AA", "conversations": chat(CAT, "A cat.")},
+        "data:;base64,/9j//4AA",
+        set(),
+    ),
     "parts without types": (
         {"messages": openai([{"image": "c.png"}, {"text": "What is it?"}], [{"text": "A cat."}])},
         "c.png",
