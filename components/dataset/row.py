@@ -15,6 +15,7 @@ from components.dataset.image_marks import match_marks, place_marks, refuse_fore
 from components.dataset.image_refs import IMAGE_KEYS, image_refs
 from components.dataset.json_values import checked_text, is_empty, short
 from components.dataset.media import VIDEO, Held, may_be_media
+from components.dataset.shards import CAPTION as CAPTION_KIND
 from components.dataset.shards import IMAGE as MARK
 from components.dataset.shards import Turn
 from components.dataset.turns import GPT, HUMAN, INSTRUCTIONS, Message, TurnReader
@@ -80,6 +81,8 @@ def _understood(number: int, raw: dict[str, Any], limits: DataLimits, folder: Pa
     samples = tuple(tuple(place_marks(part, len(pictures), marked and not index, changes)) for index, part in enumerate(parts))
     pictures = pictures[: sum(turn.question.count(MARK) for turn in samples[0])]  # without those of cut turns
     kind = checked_text(raw.get("kind", "instruction" if pictures else "text"), "'kind'")
+    if kind == CAPTION_KIND:
+        changes.rules["caption_kind"] = f"its kind is {kind!r}: trained on in stage align alone, never scored"
     return Row(number, row_id, kind, pictures, samples, changes.rules, tuple(changes.ignored))
 
 

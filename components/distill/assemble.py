@@ -23,7 +23,7 @@ from components.distill.rollouts import Rollouts
 from components.distill.sampler import Sampler
 from components.distill.teacher import FrozenTeacher, same_tower
 from components.distill.trainable import choose_trainable
-from components.errors import ModelError
+from components.errors import DataError, ModelError
 from components.io import fingerprint, sha256
 from components.irs.weighting import Weighting, weighting
 from components.models.collate import Collator
@@ -215,13 +215,15 @@ def layer_search_result(arm: Arm) -> LayerChoice | None:
 def training_indices(kinds: Sequence[str], distill: DistillSettings) -> list[int]:
     """Indices of the training samples: captions for stage align (all samples if none is a caption), else all but captions.
 
-    Cut to `distill.rows` evenly spaced ones, the same for every arm and seed.
+    Cut to `distill.rows` evenly spaced ones, the same for every arm and seed. Raises DataError if none is left.
     """
     captions = [i for i, kind in enumerate(kinds) if kind == CAPTION]
     if distill.stage == "align":
         eligible = captions or list(range(len(kinds)))
     else:
         eligible = [i for i, kind in enumerate(kinds) if kind != CAPTION]
+    if not eligible:
+        raise DataError(f"all training samples are of kind {CAPTION!r}, which stage align alone trains on: name another `kind`")
     count = min(distill.rows or len(eligible), len(eligible))
     return [eligible[position * len(eligible) // count] for position in range(count)]
 

@@ -49,6 +49,7 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], str | Held | None, set[str]]] = {
     "both, the same": ({"image": "c.png", "images": ["c.png"], "conversations": chat(CAT, "A cat.")}, "c.png", {"image_list"}),
     "null beside images": ({"image": None, "images": [HELD], "conversations": chat(CAT, "A cat.")}, HELD, {"image_list"}),
     "no id": ({"id": None, "image": "c.png", "conversations": chat(CAT, "A cat.")}, "c.png", {"numbered"}),
+    "a caption": ({"image": "c.png", "kind": "caption", "conversations": chat(CAT, "A cat.")}, "c.png", {"caption_kind"}),
     "Qwen's roles": (
         {"image": "c.png", "conversations": chat(CAT, "A cat.", roles=("user", "assistant"))},
         "c.png",

@@ -109,3 +109,5 @@ def test_captions_are_those_marked_so_or_all_there_is(aligning: Path) -> None:
     assert training_indices(["caption", "list", "caption"], align) == [0, 2]
     assert training_indices(["caption", "list", "caption"], distill) == [1]
     assert training_indices(["instruction", "instruction"], align) == [0, 1]
+    with pytest.raises(DataError, match="'caption', which stage align alone trains on"):
+        training_indices(["caption", "caption"], distill)
