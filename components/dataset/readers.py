@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 from components.dataset import json_rows, parquet, tars
 from components.dataset.images import read
 from components.dataset.row import NumberedRow
-from components.errors import DataError, Refusal, TryAgainError
+from components.errors import DataError, Refusal, TryAgainError, first_line, machine_error
 from components.io import is_lfs_pointer
 
 HUB = "hf://datasets/"
@@ -128,7 +128,7 @@ def matching_files(pattern: str) -> list[Path]:
 def _downloaded(address: str) -> str:
     """Download of hf://datasets/ORG/NAME@COMMIT/PATTERN; returns the local pattern."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     where, _, rest = address.removeprefix(HUB).partition("@")
     commit, _, pattern = rest.partition("/")
@@ -148,8 +148,8 @@ def _downloaded(address: str) -> str:
                 " page, then `hf auth login`"
             ) from None
         raise TryAgainError(f"{address}: the hub says {code}") from None
-    except OSError as error:
-        if error.errno == 28:
-            raise
-        raise TryAgainError(f"{address}: the download stopped: {error}") from None
+    except HFValidationError as error:
+        raise DataError(f"params/data.yaml: {address}: {error}") from None
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet, whatever happened
+        raise machine_error(error) or TryAgainError(f"{address}: the download stopped: {first_line(error)}") from None
     return str(Path(folder) / pattern)

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from components.config.models import Checkpoint
-from components.errors import ModelError, TryAgainError
+from components.errors import ModelError, TryAgainError, machine_error
 from components.io import whole_folder
 from components.models.checkpoint_folder import weight_files
 
@@ -82,8 +82,10 @@ def snapshot(source: str, revision: str | None, weights: bool = True) -> Path:
             f"{source}: the hub cannot be reached and the model is not in the local cache ({_cause(error)}); "
             "check the network, unset HF_HUB_OFFLINE, or give a local folder with `revision: null`"
         ) from None
-    except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
-        raise TryAgainError(f"{source}: the download broke off ({_cause(error)}); run again to go on from there") from None
+    except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: of hf_xet
+        raise machine_error(error) or TryAgainError(
+            f"{source}: the download broke off ({_cause(error)}); run again to go on from there"
+        ) from None
     if weights and not any(folder.glob(WEIGHTS)):
         raise ModelError(
             f"{source}{f' at {revision[:8]}' if revision else ''} has no *.safetensors weights, and pickled ones are not "

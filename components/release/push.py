@@ -124,7 +124,7 @@ def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
         raise InputError(f"{upload.repo} is gated, and this token's account has no access; ask its owner") from None
     except HfHubHTTPError as error:
         raise _hub_error(upload.repo, error) from None
-    except (HTTPError, ConnectionError, TimeoutError) as error:
+    except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: of hf_xet
         raise TryAgainError(f"the hub cannot be reached ({_redacted(error)}); check the network and HF_HUB_OFFLINE") from None
     return str(getattr(commit, "commit_url", None) or repo_url)
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from huggingface_hub import errors as hub
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -802,6 +803,28 @@ def test_a_pattern_stands_for_the_same_files_on_the_hub(pattern: str, tmp_path: 
     found = matching_files(f"hf://datasets/a/b@{'0' * 40}/{pattern}")
     local = matching_files(str(placed(tmp_path / "local", names) / pattern))
     assert [file.relative_to(tmp_path / "hub") for file in found] == [file.relative_to(tmp_path / "local") for file in local]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (hub.HTTPError("peer closed the connection"), TryAgainError, "the download stopped: peer closed"),
+        (RuntimeError("CAS Client Error: error sending request"), TryAgainError, "the download stopped: CAS"),
+        (RuntimeError("IO Error: No space left on device (os error 28)"), TryAgainError, "disk is full"),
+        (ConnectionResetError(104, "reset by peer"), TryAgainError, "the download stopped"),
+        (hub.HFValidationError("Repo id must use alphanumeric chars"), DataError, "must use alphanumeric chars"),
+    ],
+    ids=["HTTP", "hf_xet", "hf_xet's disk", "reset", "no name"],
+)
+def test_a_download_that_breaks_off_may_be_tried_again(
+    error: Exception, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(kind, match=message):
+        store(f"hf://datasets/a/b@{'0' * 40}/*.parquet", None)
 
 
 def test_without_the_hub_the_same_command_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

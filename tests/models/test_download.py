@@ -84,6 +84,8 @@ FAILURES = {
     "half a cache": (hub.IncompleteSnapshotError("3 files absent", "x"), TryAgainError, "cannot be reached"),
     "server down": (hub.HfHubHTTPError("503", response=response(503)), TryAgainError, "broke off"),
     "reset": (ConnectionResetError("reset by peer"), TryAgainError, "broke off"),
+    "reset under hf_xet": (RuntimeError("Task error: CAS Client Error: error sending request"), TryAgainError, "broke off"),
+    "no room under hf_xet": (RuntimeError("IO Error: No space left on device (os error 28)"), TryAgainError, "disk is full"),
 }
 
 

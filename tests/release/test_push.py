@@ -171,6 +171,7 @@ FAILURES = {
     "reset": (ConnectionResetError("reset by peer"), TryAgainError, "cannot be reached"),
     "no network": (httpx2.ConnectError("no route to host"), TryAgainError, "cannot be reached"),
     "slow": (httpx2.ReadTimeout("timed out"), TryAgainError, "cannot be reached"),
+    "hf_xet": (RuntimeError("CAS Client Error: error sending request"), TryAgainError, "cannot be reached"),
 }
 
 
