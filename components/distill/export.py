@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def export(
 
 def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card: str, **save_options: Any) -> None:
     """Write the model folder: weights, processor, chat template and card. `save_options`: of `save_pretrained`."""
-    _stop_at(student, template.eos)
     student.model.save_pretrained(folder, safe_serialization=True, **save_options)
+    _generation_config(student, template.eos).to_json_file(folder / "generation_config.json")
     chat_template = template.jinja.replace(IMAGE, student.processor.image_token)
     student.processor.chat_template = chat_template  # training template, for servers and evaluation kits
     student.processor.save_pretrained(folder)
@@ -54,9 +55,14 @@ def save(folder: Path, student: Loaded, template: Template | ChatTemplate, card:
         weights.chmod((folder / "README.md").stat().st_mode)
 
 
-def _stop_at(student: Loaded, eos: str) -> None:
-    """Add the token that ends every answer to those of the generation config, where servers look: a base model's lacks it."""
-    config, eos_id = student.model.generation_config, student.processor.tokenizer.convert_tokens_to_ids(eos)
+def _generation_config(student: Loaded, eos: str) -> Any:
+    """Generation config with the token that ends every answer, where servers look: a base model's lacks it.
+
+    `save_pretrained` writes no changed one with flags that transformers reads and ignores, as released ones have (a temperature
+    without do_sample).
+    """
+    config, eos_id = copy.copy(student.model.generation_config), student.processor.tokenizer.convert_tokens_to_ids(eos)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if eos_id not in ends:
         config.eos_token_id = [eos_id, *(end for end in ends if end is not None)]
+    return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_stock_generation_stops_where_answers_end(ends: int | list[int] | None, 
     source.model.generation_config.eos_token_id = [7, end]
     save(tmp_path, source, module.Template("").of(source.processor), "# It")
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [7, end], "as it was"
+
+
+def test_flags_that_stock_generation_ignores_stay_as_they_were(tmp_path: Path) -> None:
+    """transformers reads a temperature without do_sample, and refuses to write it once another key is changed."""
+    theirs = shutil.copytree(toy.folder("llava_onevision"), tmp_path / "theirs")
+    (theirs / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}))
+    source = load(theirs, "cpu")
+    save(tmp_path / "ours", source, module.Template("").of(source.processor), "# It")
+    end = source.processor.tokenizer.eos_token_id
+    written = json.loads((tmp_path / "ours/generation_config.json").read_text())
+    assert written.items() >= {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [end, 7]}.items()
 
 
 def test_what_is_there_stays_unless_forced(project: Path, settings: Settings) -> None:
