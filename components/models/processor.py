@@ -18,14 +18,12 @@ VIDEO_FILE = "video_preprocessor_config.json"
 
 
 def load_processor(path: Path) -> Any:
-    """Processor of a folder, padding on the right. Raises ModelError if it cannot be read."""
+    """Processor of a folder. Raises ModelError if it cannot be read."""
     from transformers import AutoProcessor
 
     with as_model_error(f"{path}: no usable processor"):
         processor_class = _without_video(path) or AutoProcessor
         processor: Any = processor_class.from_pretrained(path, **LOCAL)
-    if getattr(processor, "tokenizer", None) is not None:
-        processor.tokenizer.padding_side = "right"
     return processor
 
 

@@ -45,3 +45,13 @@ def test_a_loader_process_collates_as_this_one_does(family: str) -> None:
     assert torch.equal(direct.input_ids, pickled.input_ids)
     assert direct.pixel_values is not None and pickled.pixel_values is not None
     assert torch.equal(direct.pixel_values, pickled.pixel_values)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_padding_side_is_saved_as_it_was(side: str, tmp_path: Path) -> None:
+    """Many released checkpoints pad on the left, so that whoever generates in batches need not set it."""
+    toy.save("llava", tmp_path / "theirs", seed=1)
+    file = tmp_path / "theirs/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": side}))
+    load_processor(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/tokenizer_config.json").read_text())["padding_side"] == side
