@@ -35,7 +35,9 @@ class Replica(nn.Module):
         if only_draw:
             return (self.method.draw(batch, keys),)
         terms = self.method(batch, keys, draws)
-        sums = terms.sums + self._touch_unused() if self._ranks > 1 else terms.sums
+        sums = terms.sums
+        if self._ranks > 1 or not sums.requires_grad:  # no gradient: frozen language model, and no image in the batch
+            sums = sums + self._touch_unused()
         return sums, terms.counts, terms.counts.new_tensor([terms.steps_left_out])
 
     def _touch_unused(self) -> Tensor:

@@ -27,3 +27,13 @@ def test_every_parameter_has_a_gradient(term: str, samples: list[tuple[int, int,
     counted = bool(counts[CORE.index(term)])
     assert counted == (term != "iva" or samples[0][0] == 1)
     assert any(bool(g.any()) for g in language.values()) == counted
+
+
+def test_a_batch_without_images_has_a_backward_pass_where_the_projector_alone_is_trained() -> None:
+    """In one process, too: nothing that is trained took part."""
+    student = VLM(tiny.llava("qwen2", 1)).requires_grad_(False)
+    projector = student.model.model.multi_modal_projector.requires_grad_(True)
+    replica = Replica(AlignTI(student, None, Method(weights={"sft": 1.0}, eos=tiny.EOS)), ranks=1)
+    sums, counts, _ = replica(tiny.batch([(0, 2, 2)]), keys=[7])
+    sums.sum().backward()
+    assert counts[0] == 2 and all(p.grad is not None and not p.grad.any() for p in projector.parameters())
