@@ -43,7 +43,7 @@ class FrozenTeacher:
 
     def features(self, batch: Batch, student_features: Any) -> Any:
         if self.shares_tower and student_features is not None:
-            return student_features.detach()
+            return student_features.detach().to(self.vlm.model.dtype)
         return self.vlm.features(self._to_device(batch))
 
     def plain(

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from components.config.load import load_settings
 from components.distill.placement import copy_head_to, load_teacher
-from components.distill.teacher import FrozenTeacher
+from components.distill.teacher import FrozenTeacher, same_tower
 from components.errors import InputError, Interrupted
 from components.models.vlm import VLM
 from tests import tiny
@@ -66,6 +66,17 @@ def test_teacher_weights_have_their_own_precision(workplace: Path) -> None:
     write_params(workplace, "distill", {"teacher_weights": "bf16"})
     teacher = load_teacher(TEACHER, torch.device("cpu"), load_settings())
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_teacher_of_another_precision_takes_the_image_features_that_it_shares() -> None:
+    student, model = tiny.llava(), tiny.llava().to(torch.bfloat16)
+    student.model.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
+    assert same_tower(VLM(student), VLM(model))
+    teacher, batch = FrozenTeacher(VLM(model), 1, shares_tower=True), tiny.batch([(1, 3, 3)])
+    shared = teacher.features(batch, VLM(student).features(batch))
+    hidden, _, _ = teacher.plain(batch, shared, keep=False, with_attention=False)
+    own, _, _ = teacher.plain(batch, teacher.features(batch, None), keep=False, with_attention=False)
+    assert hidden.dtype == own.dtype == torch.bfloat16 and torch.allclose(hidden, own, atol=0.2)
 
 
 @pytest.mark.parametrize(
