@@ -41,6 +41,11 @@ class Family:
     gguf: bool = False
 
     @property
+    def images_see_question(self) -> bool:
+        """Whether an image's hidden states depend on the question after it."""
+        return self.token_types is not None and self.token_types[1] == "prompt"
+
+    @property
     def unquantised(self) -> list[str]:
         """Modules of a quantised teacher kept in float: head, vision encoder, projector."""
         return ["lm_head", *dict.fromkeys(path.split(".")[0] for path in (self.tower, *self.projector))]

@@ -21,6 +21,7 @@ from components.errors import DataError
 from components.irs.centred import centred_in_batch
 from components.models.attention import AttentionProbe, probing
 from components.models.collate import Collator
+from components.models.families import family_of
 from components.models.vlm import VLM
 from components.records.teacher_cache import SignalFacts
 from components.teacher_cache.store import KEY, keys, packed, write_shard
@@ -88,14 +89,15 @@ class Shard:
     distributions: list[Rows] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     samples: list[tuple[int, ...]] = field(default_factory=list)
-    blocks: dict[tuple[str, bytes], int] = field(default_factory=dict)  # image id and prefix up to its last token -> first row
+    blocks: dict[tuple[str, bytes], int] = field(default_factory=dict)  # image id and what its tokens see -> first row
     rows: int = 0
     weights: int = 0
 
     def add(self, teacher_pass: TeacherPass, samples: Sequence[Sample]) -> None:
         batch, hidden, attention = teacher_pass.forward(samples)
         text = predicting(batch.response)
-        is_new = self._assign_rows(samples, batch, text)
+        whole = family_of(teacher_pass.vlm.model.config).images_see_question
+        is_new = self._assign_rows(samples, batch, text, whole)
         generator = torch.Generator().manual_seed(int(self.samples[-1][KEY]) % 2**63)  # equal draws in a resumed build
         for rows in (text, batch.visual & is_new[:, None]):
             self.distributions += teacher_pass.encode(
@@ -103,14 +105,15 @@ class Shard:
             )
         self.attention.append(attention.float().cpu())
 
-    def _assign_rows(self, samples: Sequence[Sample], batch: Batch, text: Tensor) -> Tensor:
-        """Assign row offsets to each sample. Returns (B,) bool: True if its visual rows are not in the shard yet."""
+    def _assign_rows(self, samples: Sequence[Sample], batch: Batch, text: Tensor, whole: bool) -> Tensor:
+        """Assign row offsets to each sample. Returns (B,) bool: True if its visual rows are not in the shard yet; with `whole`
+        they are those of an equal text, else of an equal prefix."""
         texts, visuals = text.sum(1).tolist(), batch.visual.sum(1).tolist()
         is_new = torch.zeros(len(samples), dtype=torch.bool)
         first, last = self.rows, self.rows + sum(texts)
         for i, (sample, sample_key) in enumerate(zip(samples, keys(batch), strict=True)):
-            prefix = batch.visual[i].nonzero().flatten()[-1:] + 1
-            block = (sample.image_id, batch.input_ids[i, : int(prefix)].cpu().numpy().tobytes() if len(prefix) else b"")
+            seen = batch.attention_mask[i].sum()[None] if whole else batch.visual[i].nonzero().flatten()[-1:] + 1
+            block = (sample.image_id, batch.input_ids[i, : int(seen)].cpu().numpy().tobytes() if len(seen) else b"")
             if block not in self.blocks:
                 self.blocks[block] = last
                 last += visuals[i]

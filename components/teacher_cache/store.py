@@ -8,7 +8,8 @@ One shard per shard of the train split. Its tensors:
     attention                     (A,)                   weights of each sample's visual tokens, sum 1 per image
     samples                       (S, 6) int64           per sample: KEY, offsets and counts of its rows, offset in `attention`
 
-Visual rows depend on the image and its prefix alone, so samples about one image share them.
+Visual rows depend on the image and its prefix alone, so samples about one image share them, but PaliGemma's, which depend on
+the question, too.
 """
 
 from __future__ import annotations

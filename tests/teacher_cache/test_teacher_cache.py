@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from components.align_ti.sampled import Sampled
 from components.align_ti.top_k import TopK, top_k
 from components.align_ti.visual_weights import visual_weights
 from components.config.load import load_settings
-from components.dataset.shards import CAPTION, Samples
+from components.dataset.shards import CAPTION, Samples, Turn
 from components.distill import __main__ as stage
 from components.distill.teacher import FrozenTeacher
 from components.errors import DataError, ModelError, SettingsError, TryAgainError
@@ -29,9 +30,11 @@ from components.records.paths import DATASET, ROWS, RUNS, SIGNALS, STUDENTS
 from components.records.teacher_cache import SignalCache, SignalFacts, SignalManifest
 from components.teacher_cache import __main__ as signals_stage
 from components.teacher_cache import store
-from components.teacher_cache.store import ATTENTION, VISUAL_ROWS, Signals, facts, read_manifest
+from components.teacher_cache.build import Shard, TeacherPass
+from components.teacher_cache.store import ATTENTION, VISUAL, VISUAL_ROWS, Signals, facts, packed, read_manifest
 from components.tracking.journal import Run
 from tests.distill.conftest import write_params
+from tests.families import toy
 from tests.models.conftest import NV
 
 TEACHER = Path("artifacts/models/teachers/base")
@@ -340,3 +343,23 @@ def test_a_sample_of_one_visual_token_is_no_part_of_the_one_before_it() -> None:
     table[:, VISUAL_ROWS], table[:, ATTENTION] = torch.tensor([2, 1, 0, 2]), torch.tensor([0, 2, 3, 3])
     signals._shards = [{"samples": table, "attention": torch.tensor([0.5, 0.5, 1.0, 0.25, 0.75])}]
     assert signals.equal_weights == 1  # the first
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("llava_onevision", 1), ("gemma3", 1), ("paligemma", 2)])
+def test_questions_share_an_images_rows_where_these_do_not_see_them(family: str, blocks: int) -> None:
+    """PaliGemma's image tokens attend to the whole prompt, so those of each question are its own."""
+    first = toy.sample("wide", "red one", (40, 20))
+    samples = [first, replace(first, id="other", turns=(Turn("<image>\nlist the grid .", "no"),))]
+    teacher = load(toy.folder(family), "cpu")
+    asked = SignalFacts.model_construct(layer=1, precision="fp32", kind="top_k", top_k=ALL_TOKENS, temperature=1.0)
+    collate = Collator(teacher.processor, Template(""), 400, train=True)
+    teacher_pass = TeacherPass(VLM(teacher.model), collate, asked, teacher.vocabulary, 40.0, None)
+    shard = Shard()
+    shard.add(teacher_pass, samples)
+    assert len({row[VISUAL] for row in shard.samples}) == blocks
+    stored = packed(shard.distributions)["log_probs"]
+    for sample, row in zip(samples, shard.samples, strict=True):
+        batch, hidden, _ = teacher_pass.forward([sample])
+        (own,) = teacher_pass.encode(hidden[batch.visual], torch.zeros(row[VISUAL_ROWS]))
+        assert isinstance(own, TopK)
+        assert torch.allclose(stored[row[VISUAL] :][: len(own)], own.log_probs, atol=1e-4), sample.id
