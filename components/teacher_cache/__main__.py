@@ -63,14 +63,15 @@ def build_signals(settings: Settings) -> SignalManifest:
     """Build cache and evidence for these settings, resuming from the shards of an interrupted run, and move them into place.
 
     Raises:
-        ModelError: teacher and students are incompatible (`check_pair`), or their shared vocabularies differ in size.
+        ModelError: teacher and students are incompatible (`check_pair`, `check_same_template`), or their shared vocabularies
+            differ in size.
         DataError: no instruction to distil on, or two samples with the same id and text.
         TryAgainError: another process holds the lock.
     """
     import torch
 
     from components.dataset.shards import Samples
-    from components.models.load import load
+    from components.models.load import check_same_template, load
     from components.runtime import prepare_torch
     from components.teacher_cache.store import facts
 
@@ -82,6 +83,8 @@ def build_signals(settings: Settings) -> SignalManifest:
         teacher = load(Path(TeacherChoice.read(TEACHER / "choice.json").path), device, precision)
         records = ModelIndex.read(MODELS / "index.json").students
         students = {name: load(Path(record.path), device) for name, record in sorted(records.items())}
+        for student in students.values():
+            check_same_template(teacher, student, settings.models.template)
         args = (draft, settings, expected_facts, teacher, students, Samples(DATASET, "train", ROWS))
         manifest = SignalManifest(
             cache=_signals(*args) if options.source == "cache" else None,

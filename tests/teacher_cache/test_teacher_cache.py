@@ -363,3 +363,13 @@ def test_questions_share_an_images_rows_where_these_do_not_see_them(family: str,
         (own,) = teacher_pass.encode(hidden[batch.visual], torch.zeros(row[VISUAL_ROWS]))
         assert isinstance(own, TopK)
         assert torch.allclose(stored[row[VISUAL] :][: len(own)], own.log_probs, atol=1e-4), sample.id
+
+
+def test_a_student_with_another_chat_template_is_refused_before_any_work(workplace: Path) -> None:
+    """Its tokens are not those that the signals would be kept under, nor its positions those of the evidence."""
+    template = Path("artifacts/models/students/student/chat_template.jinja")
+    template.write_text(template.read_text().replace("USER:", "describe"))
+    write_params(workplace, "models", {"template": {"style": "processor", "system": ""}})
+    configure(workplace)
+    with pytest.raises(ModelError, match="chat templates write one conversation differently"):
+        signals_stage.build_signals(load_settings())
