@@ -92,13 +92,14 @@ def train(job: Job, checkpoints: Checkpoints, run: Run) -> Outcome:
                 state = {name.removeprefix("method."): tensor for name, tensor in accelerator.get_state_dict(wrapped).items()}
                 folder = dump(job, step, state, micro_batches, values)
                 raise _not_finite(step, values, [id_ for batch, _ in micro_batches for id_ in batch.ids], folder)
+            rates = learning_rates(optimiser)  # those of this step
             schedule.step()
             module.stepped(terms)
             record["total"] = float((weights.cpu() * torch.tensor(list(record.values()))).sum())
             bar.update()
             if step % settings.log_every == 0 or step == settings.steps:
                 bar.set_postfix({name: f"{record[name]:.3f}" for name in record if record[name]})
-                entry = {"step": step, **record, "grad_norm": norm, **learning_rates(optimiser)}
+                entry = {"step": step, **record, "grad_norm": norm, **rates}
                 if module.method.max_expanded_length is not None:
                     entry["tpa_steps_left_out"] = left_out
                 progress["losses"].append(entry)

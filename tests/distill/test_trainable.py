@@ -99,6 +99,7 @@ def test_rates_of_its_own_follow_the_schedule_and_survive_a_resume(workplace: Pa
     losses, weights = alone()
     ratio = 1e-2 / distill.optimiser.learning_rate
     assert all(line["lr_projector"] == pytest.approx(ratio * line["lr_language_model"]) for line in losses)
+    assert losses[0]["lr_projector"] == 1e-2 and losses[-1]["lr_projector"] > 0, "what the step took, not the next one's"
     with pytest.raises(Interrupted):
         alone(StopsAt(3))
     again, resumed = alone()
