@@ -98,7 +98,8 @@ def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
         update: allow a commit to a repository that already holds files.
 
     Raises:
-        InputError: no token, or one without write access; gated; the repository holds files and `update` is not set.
+        InputError: no token, or one without write access; gated; the repository is public and the plan private, or it holds
+            files and `update` is not set.
         TryAgainError: no network, or a failure of the hub; a retry resumes the upload.
     """
     api = api or HfApi()
@@ -106,6 +107,8 @@ def push(upload: Upload, update: bool, api: HfApi | None = None) -> str:
         if not (api.token or get_token()):
             raise LocalTokenNotFoundError
         repo_url = api.create_repo(upload.repo, private=upload.private, exist_ok=True)
+        if upload.private and api.repo_info(upload.repo).private is False:
+            raise InputError(f"{upload.repo} is on the hub already and public; choose another name, or say --public")
         files = [name for name in api.list_repo_files(upload.repo) if name != ".gitattributes"]
         if files and not update:
             raise InputError(

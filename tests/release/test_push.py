@@ -65,6 +65,7 @@ class Hub:
     """A stub of HfApi with the calls of push."""
 
     token = None
+    private = True
 
     def __init__(self, files: list[str] | None = None, fails: dict[str, Exception] | None = None) -> None:
         self.files = files or [".gitattributes"]
@@ -76,6 +77,10 @@ class Hub:
         self._fail("create_repo")
         self.created = {"repo": repo, **options}
         return f"https://hub/{repo}"
+
+    def repo_info(self, repo: str) -> SimpleNamespace:
+        self._fail("repo_info")
+        return SimpleNamespace(private=self.private)
 
     def list_repo_files(self, repo: str) -> list[str]:
         self._fail("list_repo_files")
@@ -155,6 +160,18 @@ def test_what_is_on_the_hub_is_not_written_over_unasked(folder: Path) -> None:
     assert api.uploaded
 
 
+@pytest.mark.parametrize("update", [False, True])
+def test_what_is_to_be_private_does_not_go_to_a_public_repository(update: bool, folder: Path) -> None:
+    """`create_repo` leaves one that exists as it is."""
+    api: Any = Hub()
+    api.private = False
+    with pytest.raises(InputError, match=r"org/mine is on the hub already and public; .*--public"):
+        push(upload(folder), update, api=api)
+    assert not api.uploaded
+    push(plan(folder, REPO, private=False), update, api=api)
+    assert api.uploaded
+
+
 def response(status: int) -> Any:
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
@@ -175,7 +192,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("step", ["create_repo", "list_repo_files", "upload_folder"])
+@pytest.mark.parametrize("step", ["create_repo", "repo_info", "list_repo_files", "upload_folder"])
 @pytest.mark.parametrize("case", FAILURES)
 def test_refusals_of_the_hub_say_what_to_do(case: str, step: str, folder: Path) -> None:
     error, kind, message = FAILURES[case]
