@@ -53,7 +53,8 @@ def cut(teacher: Path, settings: Cut, target: Path) -> Path:
             with torch.device("meta"):
                 student: Any = type(model)(config)
             student.load_state_dict(weights, assign=True)
-            student.tie_weights()
+            if model.get_output_embeddings().weight is model.get_input_embeddings().weight:  # whatever the config says of it
+                student.tie_weights()
             student.generation_config = model.generation_config
             student.save_pretrained(target)
             bar.update()

@@ -77,6 +77,17 @@ def test_windows_stay_with_their_layers(tmp_path: Path) -> None:
     assert text["layer_types"] == ["sliding_attention"] * 2 and text["num_hidden_layers"] == 2
 
 
+def test_a_head_of_its_own_stays_whatever_the_config_says(tmp_path: Path) -> None:
+    """transformers ties no head that is stored with other values than the embeddings; a trained one may be so."""
+    teacher = Path(shutil.copytree(toy.folder("qwen2_vl", 1, LAYERS), tmp_path / "teachers/t"))
+    config = json.loads((teacher / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = True
+    (teacher / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    models = [load_model(folder) for folder in (teacher, cut(teacher, spec(every=2), tmp_path / "students/cut"))]
+    heads, embeddings = ([getattr(m, f"get_{side}_embeddings")().weight for m in models] for side in ("output", "input"))
+    assert torch.equal(*heads) and torch.equal(*embeddings) and not torch.equal(heads[0], embeddings[0])
+
+
 def test_stock_transformers_opens_it_whole(tmp_path: Path) -> None:
     student = cut(toy.folder("internvl", 1, LAYERS), spec(every=2, mlp=16), tmp_path / "students/cut")
     _, report = AutoModelForImageTextToText.from_pretrained(student, output_loading_info=True)
