@@ -14,15 +14,6 @@ from components.config.distill import DistillSettings
 from components.distill.footprint import FLOAT, OPTIMISER, activations_per_token, logits
 from components.errors import InputError, first_line
 
-KNOBS = {
-    "the student's activations": "lower micro_batch_size, or set gradient_checkpointing: true, in params/distill.yaml",
-    "the ribbon's activations": "lower tpa.draws, or set tpa.max_expanded_length, in params/distill.yaml",
-    "logits": "lower logits_chunk_mib in params/distill.yaml",
-    "gradients and optimiser state": "train fewer parts (`trainable` in params/distill.yaml) or a smaller student",
-    "the student's weights": "take a smaller student (params/models.yaml)",
-    "the teacher": "set precision: bf16, or let a smaller one teach (max_memory_mib in params/teacher.yaml)",
-}
-
 
 class OutOfMemory(InputError):
     """A step exceeds the device's memory."""
@@ -40,9 +31,24 @@ def memory_errors(module: AlignTI, batches: list[tuple[Batch, list[int]]], setti
         largest = max(parts, key=lambda name: parts[name])
         table = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sorted(parts.items(), key=lambda x: -x[1]))
         raise OutOfMemory(
-            f"out of memory on {batches[0][0].input_ids.device}: the largest part is {largest}; {KNOBS[largest]}."
+            f"out of memory on {batches[0][0].input_ids.device}: the largest part is {largest}; {knobs(settings)[largest]}."
             f" Estimated from the shapes, MiB: {table}. The allocator said: {first_line(error)}"
         ) from error
+
+
+def knobs(settings: DistillSettings) -> dict[str, str]:
+    """Setting that lowers each part of `estimate`."""
+    size = "micro_batch_size" if settings.micro_batch_tokens is None else "micro_batch_tokens"  # which the other yields to
+    checkpointing = "" if settings.gradient_checkpointing else ", or set gradient_checkpointing: true,"
+    return {
+        "the student's activations": f"lower {size}{checkpointing} in params/distill.yaml",
+        "the ribbon's activations": "lower tpa.draws, or set tpa.max_expanded_length, in params/distill.yaml",
+        "logits": "lower logits_chunk_mib in params/distill.yaml",
+        "gradients and optimiser state": "train fewer parts (`trainable` in params/distill.yaml) or a smaller student",
+        "the student's weights": "take a smaller student (params/models.yaml)",
+        "the teacher": "set teacher_weights in params/distill.yaml to bf16, int8 or nf4, or let a smaller one teach"
+        " (max_memory_mib in params/teacher.yaml)",
+    }
 
 
 def estimate(module: AlignTI, batch: Batch, settings: DistillSettings) -> dict[str, int]:

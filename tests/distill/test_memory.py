@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from components.config.load import load_settings
-from components.distill.memory import KNOBS, OutOfMemory, estimate, memory_errors
+from components.distill.memory import OutOfMemory, estimate, knobs, memory_errors
 from components.errors import InputError
 from components.models.vlm import VLM
 from tests import tiny
@@ -42,6 +42,15 @@ def test_the_stage_names_the_part_and_the_knob(workplace: Path, monkeypatch: pyt
     assert caught.value.exit_code == InputError.exit_code == 2
 
 
+def test_the_knob_is_one_that_has_an_effect() -> None:
+    def activations(**distill: object) -> str:
+        return knobs(SETTINGS.model_copy(update=distill))["the student's activations"]
+
+    assert activations() == "lower micro_batch_size, or set gradient_checkpointing: true, in params/distill.yaml"
+    set_already = activations(micro_batch_tokens=4096, gradient_checkpointing=True)
+    assert set_already == "lower micro_batch_tokens in params/distill.yaml"
+
+
 def test_another_error_passes_as_it_is() -> None:
     student, teacher = pair("qwen2")
     with pytest.raises(RuntimeError, match=r"^shapes do not match$"), memory_errors(step(student, teacher), [], SETTINGS):
@@ -59,7 +68,7 @@ def test_estimates_follow_the_shapes() -> None:
     weights = sum(p.nbytes for p in module.student.parameters())
     assert small["gradients and optimiser state"] == 3 * weights == 3 * small["the student's weights"]
     assert small["the teacher"] > weights  # and its cache
-    assert set(small) == set(KNOBS)
+    assert set(small) == set(knobs(SETTINGS))
     _, longer = parts([(1, 3, 3), (1, 30, 30)])
     for part in ("the student's activations", "the ribbon's activations"):
         assert longer[part] > 3 * small[part]
