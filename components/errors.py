@@ -89,9 +89,22 @@ LIMITS = {
 PERMISSION_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator refused: Python's, or torch's of a device or the processor."""
+    text = str(error)
+    of_torch = "out of memory" in text or ("DefaultCPUAllocator" in text and "allocate" in text)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+
+
 def machine_error(error: BaseException) -> AlignTIError | None:
     """Fault of the machine as TryAgainError (no space, quota, files, processes, memory or locks left) or InputError (path not
-    writable, or no valid name); None for other faults. Rust libraries, e.g. safetensors, give the errno in their text alone."""
+    writable, or no valid name; batches that torch has no memory for); None for other faults. Rust libraries, e.g. safetensors,
+    give the errno in their text alone."""
+    if out_of_memory(error) and not isinstance(error, MemoryError):
+        return InputError(
+            f"out of memory ({first_line(error)}); lower what this stage reads of batch_size in params/evaluate.yaml and"
+            " params/irs.yaml and micro_batch_size in params/distill.yaml, or end what else holds the device"
+        )
     match = re.search(r"\(os error (\d+)\)", str(error))
     code = errno.ENOMEM if isinstance(error, MemoryError) else isinstance(error, OSError) and error.errno
     number = int(match[1]) if match else code or 0

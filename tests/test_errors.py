@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
         (BlockingIOError(11, "Resource temporarily unavailable"), 75),
         (OSError(37, "No locks available"), 75),
         (MemoryError(), 75),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"), 2),
+        (RuntimeError("[alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 2),
         (OSError(30, "Read-only file system", "x"), 2),
         (PermissionError(13, "Permission denied", "x"), 2),
         (OSError(36, "File name too long", "x" * 300), 2),

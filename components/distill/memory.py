@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from components.align_ti.batch import Batch
 from components.align_ti.head import rows_per_chunk
 from components.align_ti.step import AlignTI
 from components.config.distill import DistillSettings
 from components.distill.footprint import FLOAT, OPTIMISER, activations_per_token, logits
-from components.errors import InputError, first_line
+from components.errors import InputError, first_line, out_of_memory
 
 
 class OutOfMemory(InputError):
@@ -25,7 +23,7 @@ def memory_errors(module: AlignTI, batches: list[tuple[Batch, list[int]]], setti
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not out_of_memory(error):
             raise
         parts = estimate(module, max((batch for batch, _ in batches), key=lambda b: b.input_ids.numel()), settings)
         largest = max(parts, key=lambda name: parts[name])
@@ -86,12 +84,3 @@ def _teacher_bytes(module: AlignTI, tokens: int) -> int:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = next(vlm.parameters()).element_size()
     return weights + tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or ("DefaultCPUAllocator" in text and "allocate" in text)
-        or "out of memory" in text
-    )

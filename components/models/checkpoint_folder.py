@@ -32,7 +32,7 @@ def as_model_error(failure: str) -> Iterator[None]:
     except AlignTIError:
         raise
     except Exception as error:
-        if "out of memory" in str(error) or machine_error(error):
+        if machine_error(error):
             raise
         raise ModelError(f"{failure}: {first_line(error)}") from None
 
