@@ -24,6 +24,7 @@ from components.tracking import provenance
 from flows import dvc
 
 SHARED = (RUNS, Path(".mlflow"))
+GIT = ["git", "-c", f"core.hooksPath={os.devnull}"]  # no hooks, as that of `dvc install`: it checks out, without a cache yet
 AUTHOR = ["-c", "user.name=alignti", "-c", "user.email=alignti@localhost"]  # git may have no user configured
 
 
@@ -101,7 +102,7 @@ def _commit_results(name: str) -> None:
     with suppress(FileNotFoundError):
         _git("add", "params", *(["dvc.lock"] if Path("dvc.lock").exists() else []))
         if _git("status", "--porcelain", "--untracked-files=no"):
-            _git(*AUTHOR, "commit", "--quiet", "--no-verify", "-m", f"Run {name}: its params and what DVC made of them")
+            _git(*AUTHOR, "commit", "--quiet", "--no-gpg-sign", "-m", f"Run {name}: its params and what DVC made of them")
 
 
 def _remove(name: str) -> None:
@@ -114,7 +115,7 @@ def _remove(name: str) -> None:
 def _git(*args: str) -> str:
     if shutil.which("git") is None:
         raise InputError("a workspace of its own is a worktree of git, and there is no git here")
-    result = subprocess.run(["git", *args], capture_output=True, text=True)
+    result = subprocess.run([*GIT, *args], capture_output=True, text=True)
     if result.returncode:
         no_room = any(os.strerror(number) in result.stderr for number in NO_ROOM)
         message = f"`git {args[0]}` failed in {Path.cwd()}: {result.stderr.strip()[-500:]}"

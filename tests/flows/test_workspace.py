@@ -42,3 +42,20 @@ def test_a_run_whose_results_git_does_not_take_leaves_no_worktree(
         pass
     assert Path.cwd() == project
     assert not list(workspace.WORKSPACES.glob("*"))
+
+
+def test_signatures_and_hooks_of_the_users_git_are_not_for_runs(project: Path) -> None:
+    """A key that is not there, `dvc install`'s hook that checks out what no cache has yet, and one that rewrites messages."""
+    git("init", "--quiet")
+    (project / ".dvc/config").write_text("")
+    (project / "params").mkdir(exist_ok=True)
+    git("add", ".")
+    git("commit", "--quiet", "-m", "all")
+    for hook in ("post-checkout", "prepare-commit-msg", "post-commit"):
+        (project / ".git/hooks" / hook).write_text("#!/bin/sh\necho 'refused' >&2; exit 1\n")
+        (project / ".git/hooks" / hook).chmod(0o700)
+    git("config", "commit.gpgsign", "true")
+    git("config", "gpg.program", "/bin/false")
+    with workspace.workspace("mine"):
+        (Path("params") / "study.yaml").write_text("arms: {}\n")
+    assert "Run mine" in workspace._git("log", "-1", "--format=%s", "runs/mine")
