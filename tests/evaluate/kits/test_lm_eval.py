@@ -39,10 +39,11 @@ def measured(journal: Path, tasks: list[str], batch_size: int = 7) -> lm_eval.Me
 
 @needs_lm_eval
 def test_its_answers_and_verdicts_are_ours_and_text_is_measured_too(root: Path) -> None:
-    """Every other reference is not what the student answers: it would be right everywhere."""
+    """Every other reference is not what the student answers: it would be right everywhere. The first one reads as a list."""
     samples = Samples(DATASET, "test")
     rows = questions(samples)
     references = {samples[row].id: samples[row].turns[0].answer for row in rows[::2]}
+    references[samples[rows[0]].id] = "[0.1, 0.25]"
     shutil.rmtree(DATASET)
     samples = Samples(tiny.save_dataset(DATASET, images=8, references=references), "test")
     result = measured(root / "answers.jsonl", [lm_eval.QUESTIONS, *lm_eval.TEXT])
