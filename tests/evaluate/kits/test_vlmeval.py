@@ -86,6 +86,36 @@ def test_the_kits_verdicts_are_ours_and_no_answer_is_never_right(scripted: Scrip
 
 
 @needs_vlmeval
+@pytest.mark.parametrize("form", ["ours", "file"])
+def test_options_are_the_texts_that_they_are(form: str, scripted: Scripted, tmp_path: Path) -> None:
+    """Numbers, of a kind with more options than another, and words that pandas takes for no value."""
+    image = tiny._row("x", 0, {}).image
+    kinds = {"count": ["1", "2", "3", "4", "05"], "price": ["2.50", "7.00"], "cell": ["n/a", "null", "nan"]}
+    cases = [(kind, text) for kind, texts in kinds.items() for text in texts]
+    samples = [
+        Sample(f"s{i}", f"i{i}", kind, image, (Turn(f"<image>\nSay: {text}", text),)) for i, (kind, text) in enumerate(cases)
+    ]
+    (kit_set,) = export.sets(samples, range(len(samples)))
+    if form == "ours":
+        scripted.answer = lambda question: (200, question.removeprefix("Say: "))
+        result = vlmeval.score_split(session(scripted, tmp_path), samples, [kit_set], seed=1)
+        assert [result.verdicts[row] for row in kit_set.rows] == [True] * len(cases)
+        return
+    shown: list[str] = []
+
+    def right_letter(prompt: str) -> tuple[int, str]:
+        (text,) = re.findall(r"Say: (.+)$", prompt, re.MULTILINE)
+        letters = {option: letter for letter, option in re.findall(r"^([A-E])\. (.+)$", prompt, re.MULTILINE)}
+        shown.extend(letters)
+        return 200, letters.get(text, "Z")
+
+    scripted.answer = right_letter
+    file = str(export.write(kit_set, samples, tmp_path / "AlignTI_Options.tsv", seed=1))
+    figures = vlmeval.score_tasks(session(scripted, tmp_path), [file])
+    assert set(shown) == {text for _, text in cases} and figures["AlignTI_Options/none/Overall"] == 1
+
+
+@needs_vlmeval
 def test_a_crash_half_way_keeps_the_answers_and_the_next_run_asks_the_rest(scripted: Scripted, tmp_path: Path) -> None:
     samples = planted_samples()
     sets = export.sets(samples, range(len(samples)))
