@@ -90,6 +90,8 @@ def mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[
         settings, secret = _mlflow_auth(auth, database)
         command += ["--app-name", "basic-auth"]
         environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret}
+        # Else 403 to names of this machine and to its own pages at them; pages of other origins send no login.
+        environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": "*", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "*"}
     return command, environment
 
 

@@ -53,6 +53,15 @@ def test_a_weak_password_is_refused(cwd: Path, weak: str, monkeypatch: pytest.Mo
         servers.up("0.0.0.0")
 
 
+def test_mlflow_with_a_password_answers_to_any_name(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default it answers 403 to `http://gpu-box:5000`, and to the requests of its own pages at any but loopback."""
+    monkeypatch.setattr(server_setup, "find_spec", lambda name: name)  # its extra `auth`
+    for auth, any_name in ((None, None), ("user:a-long-password", "*")):
+        environment = server_setup.mlflow("0.0.0.0", 5000, "postgresql+psycopg2://nowhere/alignti_mlflow", auth)[1]
+        for name in ("MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"):
+            assert environment.get(name) == any_name
+
+
 def test_a_taken_port_is_refused_by_name_and_holder(cwd: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
