@@ -195,6 +195,13 @@ def prefect_failures() -> Iterator[None]:
     threading.Thread(target=_end_temporary_prefect_from_its_start, daemon=True).start()
     try:
         yield
+    except RuntimeError as error:
+        if "ephemeral" not in str(error):
+            raise
+        raise TryAgainError(
+            f"Prefect's temporary server did not start ({first_line(error)}); `alignti up` starts one that stays; PREFECT_HOME"
+            " names a folder for its data where ~/.prefect cannot be written"
+        ) from None
     except (httpx.HTTPError, PrefectException, ValueError) as error:
         in_client = any("prefect/client/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
         if isinstance(error, ValueError) and not in_client:  # half an answer of the server is no text, JSON or record
