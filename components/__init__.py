@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pwd
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -53,6 +54,11 @@ def _on_terminal(stream: TextIO, number: int) -> TextIO:
 
 
 sys.stdout, sys.stderr = _on_terminal(sys.stdout, 1), _on_terminal(sys.stderr, 2)
+
+try:
+    pwd.getpwuid(os.getuid())
+except KeyError:  # `docker run --user`: a user without an account, whose name DVC asks for
+    os.environ |= {"USER": str(os.getuid()), "HOME": "/"} | os.environ
 
 os.environ.setdefault("TQDM_DELAY", "2")  # no bar for shorter loops; tqdm reads these when it is imported
 if not sys.stderr.isatty():

@@ -91,6 +91,16 @@ def test_a_text_that_the_terminal_cannot_show_ends_nothing(encoding: str) -> Non
     assert result.stdout == rb"red \u7ea2\u8272" + b"\n" and result.stderr == rb"blue \U0001f422" + b"\n"
 
 
+def test_a_user_without_an_account_has_a_name_and_a_home() -> None:
+    """As in a container that runs as the owner of a mounted folder: DVC asks for both, and ended in a KeyError."""
+    code = "import pwd; pwd.getpwuid = {}.__getitem__; import components, getpass; from pathlib import Path"
+    code += "; print(getpass.getuser(), Path.home())"
+    command = ["env", "-i", f"PYTHONPATH={ROOT}"]
+    for given, home in (([], "/"), (["HOME=/tmp"], "/tmp")):
+        said = subprocess.run([*command, *given, sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert said == f"{os.getuid()} {home}\n"
+
+
 STAGE = """
 import sys, time
 from components.process import exit_from
