@@ -39,7 +39,7 @@ class Cached:
         """Rows at a (B, T) bool mask, ordered by (sample, position). Raises ValueError if one of them is not cached."""
         index = self.index[mask]
         if bool((index < 0).any()):
-            raise ValueError("the teacher's word is not kept for all the rows asked for")
+            raise ValueError("the cache has no teacher distribution for some of the rows")
         return self.rows[index]
 
 

@@ -69,7 +69,7 @@ class Tpa(Strict):
 
 
 class Evidence(Strict):
-    """What the teacher's answers rest on. gradient, random: tokens of the question and image, for arms with L_mcd; blurred,
+    """Evidence of the teacher's answers. gradient, random: tokens of the question and image, for arms with L_mcd; blurred,
     blank: each answer token's dependence on the image, for arms with L_va_kd and `cached`."""
 
     kinds: Annotated[list[Literal["gradient", "random", "blurred", "blank"]], NoRepeats] = Field(min_length=1)

@@ -1,4 +1,4 @@
-"""What reading changed in a row, and what it left unread."""
+"""Changes of a row by reading it, and the keys left unread."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def report(parts: list[PartFiles], index: Path, folders: list[Path], limits: Dat
     """Overlap report, and near-duplicate training images by part. Raises DataError if an evaluation folder is empty."""
     evaluated, evaluated_names, others = _evaluated(parts, folders, limits)
     with_train = near = verbatim = 0
-    likest: list[Likeness] = []
+    pairs: list[Likeness] = []
     concerned: dict[int, set[str]] = {}
     with Index(index) as rows:
         for number, part in enumerate(parts):
@@ -47,13 +47,13 @@ def report(parts: list[PartFiles], index: Path, folders: list[Path], limits: Dat
             for i in hits:
                 image, (where, other) = names[train["row"][i]], evaluated_names[best[i]]
                 same = len(rows.texts(image) & rows.texts(other))
-                likest.append(Likeness(train=image, other=other, where=where, bits=int(bits[i]), verbatim=same))
+                pairs.append(Likeness(train=image, other=other, where=where, bits=int(bits[i]), verbatim=same))
                 concerned.setdefault(number, set()).add(image)
                 near += 1
                 verbatim += same
-            likest = sorted(likest, key=lambda pair: pair.bits)[:LISTED]  # bounds memory: there may be a million
+            pairs = sorted(pairs, key=lambda pair: pair.bits)[:LISTED]  # bounds memory: there may be a million
     compared = {"train": with_train, **others}
-    return Overlap(compared=compared, near=near, verbatim=verbatim, dropped=False, pairs=likest), concerned
+    return Overlap(compared=compared, near=near, verbatim=verbatim, dropped=False, pairs=pairs), concerned
 
 
 def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:

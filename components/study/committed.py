@@ -1,4 +1,4 @@
-"""What of a study is committed: it runs in a workspace of the last commit."""
+"""Check that a study is committed: it runs in a workspace of the last commit."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Search(Protocol):
     @property
     def kinds(self) -> Sequence[str]: ...
     def candidates(self, images: range) -> list[Any]:
-        """What there is to search about these images."""
+        """Search candidates of these images."""
 
     def __call__(self, candidates: list[Any], /) -> dict[str, list[Entry]]:
         """Entries per kind of a batch of candidates."""
