@@ -87,7 +87,7 @@ def test_recipes_for_gpus_set_the_same_keys_so_that_nothing_of_one_is_left_by_an
 
     large = [name for name in recipes.names(ROOT) if recipes.about(name, ROOT).seconds is None]
     keys = {name: leaves(recipes.overlay(name, ROOT)) for name in large}
-    assert len(large) == 20 and all(recipe_keys == keys[large[0]] for recipe_keys in keys.values())
+    assert large and all(recipe_keys == keys[large[0]] for recipe_keys in keys.values())
 
 
 def test_a_phase_lies_on_its_recipe_and_that_on_the_one_it_is_like() -> None:
