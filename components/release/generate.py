@@ -26,6 +26,7 @@ from components.models.load import Loaded
 from components.release.arguments import sample_of
 from components.release.attention_overlay import compute_overlay, draw_overlays
 from components.release.model import CheckpointRef, find, open_model, template_of
+from components.report.markdown import counted
 from components.report.terminal import printable
 from components.runtime import prepare_torch
 
@@ -50,7 +51,7 @@ class Answer:
         parts = [f"loaded in {self.load_seconds:.1f} s", f"first token after {1000 * self.token_times[0]:.0f} ms"]
         if len(self.token_times) > 1:
             parts.append(f"then {(len(self.token_times) - 1) / (self.token_times[-1] - self.token_times[0]):.0f} tokens/s")
-        return "\n".join([*parts, f"{len(self.token_times)} tokens"])
+        return "\n".join([*parts, counted(len(self.token_times), "token")])
 
 
 class _TimedStreamer(TextStreamer):

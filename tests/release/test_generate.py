@@ -52,6 +52,10 @@ def test_an_answer_does_not_drive_the_terminal(project: Path, settings: Settings
     assert str(cell) == "red\\x1b[2J\nblue"
 
 
+def test_one_token_is_no_tokens(project: Path, settings: Settings) -> None:
+    assert Answer(find("align_ti", settings), token_times=[0.1]).timings.endswith("\n1 token")
+
+
 def test_the_answer_is_that_of_evaluation_and_comes_in_pieces(project: Path, settings: Settings) -> None:
     answer, pieces = streamed(settings)
     sample = sample_of([Path("cat.png")], QUESTION, settings.data.limits)
