@@ -14,9 +14,10 @@ _ENDING = (
 MEDIA_FILE = re.compile(rf"{_ENDING}(\?.*)?$", re.IGNORECASE)
 VIDEO = re.compile(r"video|\bvids?\b|frames?(?![a-z])|\b(mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)\b", re.IGNORECASE)
 MEDIA_DATA = re.compile(r"data:(image|video|audio)/[^,]{0,80},", re.IGNORECASE)
-MEDIA_BASE64 = re.compile(  # magic bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
-    r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3][A-Za-z0-9+/]{5}AAAAA|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40}"
+_BASE64 = (  # magic bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
+    r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3][A-Za-z0-9+/]{5}AAAAA|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40}"
 )
+MEDIA_BASE64 = re.compile(rf"\s*{_BASE64}")
 NO_PICTURE = re.compile(  # named as an image
     r"^data:(video|audio)/|\.((?P<video>mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|wmv|3gp)|mp3|m4a|aac|opus|wav|flac|ogg)$",
     re.IGNORECASE,
@@ -43,7 +44,7 @@ _MARK = (  # foreign marks (ours: <image>): <|image_pad|>, <image_1>, <ImageHere
 _SHOWN = r"!\[[^\]\n]*\]\([^)\n]+\)"  # Markdown's image
 MEDIA_MARK = re.compile(  # in a question: marks alone on a line or joined to its words, Qwen-VL's <img>path</img>,
     rf"<img>[^<\n]+</img>|^[ \t]*(?:{_MARK}[ \t]*)+$|(?:\A|\n\n)[ \t]*{_MARK}(?=\S)|(?<=\S){_MARK}\s*\Z"
-    rf"|\A\s*{_SHOWN}|{_SHOWN}\s*\Z|(?:^|\]\()(?:{MEDIA_DATA.pattern}|{MEDIA_BASE64.pattern})"  # images, and their bytes
+    rf"|\A\s*{_SHOWN}|{_SHOWN}\s*\Z|(?:^|\]\()(?:{MEDIA_DATA.pattern}|[ \t]*{_BASE64})"  # images, and their bytes
     r'|\A\s*\[\s*\{(?s:.*?)"type":\s*"[a-z_]*(?:image|video|audio)'  # a list of parts as text
     rf"|\A\s*\S+{_ENDING}(?:\?\S*)?\s*\Z",  # a file's name or address, and no question
     re.IGNORECASE | re.MULTILINE,

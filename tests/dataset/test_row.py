@@ -548,6 +548,15 @@ def test_a_medium_within_the_words_of_a_question_is_refused(question: str) -> No
     assert refusal.value.reason == "image_marks"
 
 
+def test_a_question_of_many_blank_lines_is_looked_through_once() -> None:
+    """Two minutes, as it was looked through again from each line."""
+    question = "\n" * 20_000
+    with pytest.raises(Refusal, match="20,011 characters"):
+        read(image="a.png", conversations=chat(f"What?{question}{PNG[:3]}", "Yes"))
+    with pytest.raises(Refusal, match="a question holds"):
+        read(conversations=chat(f"What?{question} {PNG}", "Yes."))
+
+
 @pytest.mark.parametrize(
     "question", ["A <ImageHere>; B <ImageHere>. Same?", "This <|vision_start|><|image_pad|><|vision_end|>?"]
 )
