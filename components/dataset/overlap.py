@@ -7,6 +7,7 @@ copies across splits, and copies of any kind among benchmark images.
 from __future__ import annotations
 
 import json
+from glob import escape, glob
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,8 @@ def _evaluated(
                 dhashes.append(dhash)
     for folder in folders:
         before = len(dhashes)
-        for path in tqdm(sorted(folder.rglob("*")), desc=f"prepare: images of {folder}", unit="image"):
+        paths = sorted(map(Path, glob(f"{escape(str(folder))}/**", recursive=True)))  # noqa: PTH207  (rglob follows no link)
+        for path in tqdm(paths, desc=f"prepare: images of {folder}", unit="image"):
             if path.suffix.lower() in Image.registered_extensions() and path.is_file():
                 dhashes.append(_dhash_of(path, limits))
                 names.append((str(folder), str(path.relative_to(folder))))

@@ -7,6 +7,7 @@ read it later. Nothing is unpacked.
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +119,23 @@ def matching_files(pattern: str) -> list[Path]:
     if not paths:
         braces = "; a pattern has *, ** and ?, no braces" if "{" in pattern else ""  # WebDataset's {000..123}
         raise DataError(f"params/data.yaml: there is no file {pattern}{braces}")
+    if "**" in local.parts:
+        start = local.parts.index("**")
+        _refuse_links(Path(*local.parts[:start]), str(Path(*local.parts[start:])), paths)
     if odd := next((path for path in map(str, paths) if path.encode("utf-8", "ignore").decode() != path), None):
         raise DataError(f"params/data.yaml: rename a file of {pattern} whose name is no UTF-8: {odd!a}")
     if pointer := next(filter(is_lfs_pointer, paths), None):
         raise DataError(f"{pointer}: a pointer of Git LFS; `git lfs pull` in that folder brings the file")
     return paths
+
+
+def _refuse_links(folder: Path, pattern: str, found: list[Path]) -> None:
+    """Raises DataError for a link to a folder with files that are not `found`: `**` follows none."""
+    for at, names, _ in os.walk(folder):
+        for link in filter(Path.is_symlink, (Path(at, name) for name in sorted(names))):
+            known = {path.resolve() for path in found}
+            if any(path.is_file() and path.resolve() not in known for path in link.glob(pattern)):
+                raise DataError(f"params/data.yaml: {link} is a link, which ** does not follow: name {link.resolve()}, too")
 
 
 def _downloaded(address: str) -> str:

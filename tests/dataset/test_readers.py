@@ -180,8 +180,11 @@ def test_training_images_that_look_like_evaluated_ones(policy: str, tmp_path: Pa
         rows.append({"id": f"small-{n}", "image": f"small-{n}.png", "conversations": conversations(n)})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     benchmark = tmp_path / "benchmark"
-    benchmark.mkdir()
-    (benchmark / "x.png").write_bytes(picture(1))
+    for folder in (benchmark, tmp_path / "disk"):
+        folder.mkdir()
+    (tmp_path / "disk" / "x.png").write_bytes(picture(1))
+    (benchmark / "linked").symlink_to(tmp_path / "disk")
+    (benchmark / "._x.png").write_bytes(b"of an archiver")
     data = settings_for({"mine": member}, near_duplicates=policy, evaluation_images=[benchmark])
     manifest = prepare(data, target=tmp_path / "dataset", workers=1)
     overlap = Overlap.read(tmp_path / "dataset" / "overlap.json")
@@ -803,6 +806,19 @@ def test_a_pattern_stands_for_the_same_files_on_the_hub(pattern: str, tmp_path: 
     found = matching_files(f"hf://datasets/a/b@{'0' * 40}/{pattern}")
     local = matching_files(str(placed(tmp_path / "local", names) / pattern))
     assert [file.relative_to(tmp_path / "hub") for file in found] == [file.relative_to(tmp_path / "local") for file in local]
+
+
+def test_a_linked_folder_is_not_passed_over(tmp_path: Path) -> None:
+    for name in ("web/a/1.jsonl", "web/b/readme.md", "disk/2.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "web" / "again").symlink_to("a")
+    (tmp_path / "web" / "docs").symlink_to(tmp_path / "web" / "b")
+    assert [path.name for path in matching_files(str(tmp_path / "web/**/*.jsonl"))] == ["1.jsonl"]
+    (tmp_path / "web" / "b" / "more").symlink_to(tmp_path / "disk")
+    assert [path.name for path in matching_files(str(tmp_path / "web/b/*/*.jsonl"))] == ["2.jsonl"]
+    with pytest.raises(DataError, match=r"web/b/more is a link, which \*\* does not follow: name .*/disk, too"):
+        matching_files(str(tmp_path / "web/**/*.jsonl"))
 
 
 @pytest.mark.parametrize(
