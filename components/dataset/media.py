@@ -45,7 +45,8 @@ _SHOWN = r"!\[[^\]\n]*\]\([^)\n]+\)"  # Markdown's image
 MEDIA_MARK = re.compile(  # in a question: marks alone on a line or joined to its words, Qwen-VL's <img>path</img>,
     rf"<img>[^<\n]+</img>|^[ \t]*(?:{_MARK}[ \t]*)+$|(?:\A|\n\n)[ \t]*{_MARK}(?=\S)|(?<=\S){_MARK}\s*\Z"
     rf"|\A\s*{_SHOWN}|{_SHOWN}\s*\Z|(?:^|\]\()(?:{MEDIA_DATA.pattern}|[ \t]*{_BASE64})"  # images, and their bytes
-    r'|\A\s*\[\s*\{(?s:.*?)"type":\s*"[a-z_]*(?:image|video|audio)'  # a list of parts as text
+    r"""|\A\s*\[\s*\{(?s:.*?)["']type["']:\s*["'][a-z_]*(?:image|video|audio)"""  # a list of parts as text
+    r"""|\A\s*\[\s*\{["']type["']:\s*["'](?:input_)?text["'],\s*["']text["']:"""
     rf"|\A\s*\S+{_ENDING}(?:\?\S*)?\s*\Z",  # a file's name or address, and no question
     re.IGNORECASE | re.MULTILINE,
 )

@@ -540,6 +540,8 @@ HIDDEN: dict[str, tuple[str, dict[str, Any]]] = {
         "data:image/png;base64,AAAA",
         f"{PNG}{PNG}\nWhat?",
         '[{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "What?"}]',
+        "[{'type': 'image'}, {'type': 'text', 'text': 'What?'}]",
+        '[{"type": "text", "text": "What?"}]',
     ],
 )
 def test_a_medium_within_the_words_of_a_question_is_refused(question: str) -> None:
