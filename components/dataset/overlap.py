@@ -28,12 +28,13 @@ from components.records.paths import SPLITS
 from components.records.record import jsonl
 
 LISTED = 50  # pairs named in the report
+Benchmarks = dict[str, list[tuple[int, str]]]  # dHash and name of each image, by folder
 EVALUATED = [SPLITS.index("val"), SPLITS.index("test")]
 
 
-def report(parts: list[PartFiles], index: Path, folders: list[Path], limits: DataLimits) -> tuple[Overlap, dict[int, set[str]]]:
-    """Overlap report, and near-duplicate training images by part. Raises DataError if an evaluation folder is empty."""
-    evaluated, evaluated_names, others = _evaluated(parts, folders, limits)
+def report(parts: list[PartFiles], index: Path, benchmarks: Benchmarks) -> tuple[Overlap, dict[int, set[str]]]:
+    """Overlap report, and near-duplicate training images by part."""
+    evaluated, evaluated_names, others = _evaluated(parts, benchmarks)
     with_train = near = verbatim = 0
     pairs: list[Likeness] = []
     concerned: dict[int, set[str]] = {}
@@ -75,9 +76,20 @@ def drop(folder: Path, concerned: dict[int, set[str]], index: Path) -> None:
             record.model_copy(update={"splits": splits}).write(files.record)
 
 
-def _evaluated(
-    parts: list[PartFiles], folders: list[Path], limits: DataLimits
-) -> tuple[np.ndarray, list[tuple[str, str]], dict[str, int]]:
+def of_benchmarks(folders: list[Path], limits: DataLimits) -> Benchmarks:
+    """Images of evaluation folders. Raises DataError for a folder without any, and for one that cannot be read."""
+    benchmarks: Benchmarks = {}
+    for folder in folders:
+        paths = sorted(map(Path, glob(f"{escape(str(folder))}/**", recursive=True)))  # noqa: PTH207  (rglob follows no link)
+        images = [path for path in paths if path.suffix.lower() in Image.registered_extensions() and path.is_file()]
+        if not images:
+            raise DataError(f"params/data.yaml: mixture.evaluation_images: {folder} holds no image")
+        bar = tqdm(images, desc=f"prepare: images of {folder}", unit="image")
+        benchmarks[str(folder)] = [(_dhash_of(path, limits), str(path.relative_to(folder))) for path in bar]
+    return benchmarks
+
+
+def _evaluated(parts: list[PartFiles], benchmarks: Benchmarks) -> tuple[np.ndarray, list[tuple[str, str]], dict[str, int]]:
     """Evaluation images: hashes (n,), names (split or folder, image), and number by split or folder."""
     dhashes: list[int] = []
     names: list[tuple[str, str]] = []
@@ -91,16 +103,10 @@ def _evaluated(
                 compared[SPLITS[split]] += 1
                 names.append((SPLITS[split], of_part[row]))
                 dhashes.append(dhash)
-    for folder in folders:
-        before = len(dhashes)
-        paths = sorted(map(Path, glob(f"{escape(str(folder))}/**", recursive=True)))  # noqa: PTH207  (rglob follows no link)
-        for path in tqdm(paths, desc=f"prepare: images of {folder}", unit="image"):
-            if path.suffix.lower() in Image.registered_extensions() and path.is_file():
-                dhashes.append(_dhash_of(path, limits))
-                names.append((str(folder), str(path.relative_to(folder))))
-        compared[str(folder)] = len(dhashes) - before
-        if not compared[str(folder)]:
-            raise DataError(f"params/data.yaml: mixture.evaluation_images: {folder} holds no image")
+    for folder, images in benchmarks.items():
+        compared[folder] = len(images)
+        dhashes += [dhash for dhash, _ in images]
+        names += [(folder, name) for _, name in images]
     return np.array(dhashes, dtype=np.uint64), names, compared
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from components.config.data import DataSettings
+from components.config.data import DataSettings, Mixture
 from components.dataset import mixture, overlap
 from components.dataset.card import write_card
 from components.dataset.shard_jobs import Part, PartFiles, make
@@ -81,9 +81,11 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
     parts = [PartFiles.of(folder, part) for part in range(source.parts)]
     early = list(source.refused())
     _accept(early, source.rows_in, settings.limits.max_bad_ratio)
+    chosen = settings.mixture if settings.source == "mixture" else None
+    benchmarks = overlap.of_benchmarks(chosen.evaluation_images if chosen else [], settings.limits)  # before hours of work
     with tqdm(desc="prepare", total=source.images, unit="image") as bar:
         make(source, folder, settings.images_per_shard, workers, bar.update)
-    left_out = _compare(source, settings, folder, parts) if isinstance(source, mixture.Mixed) else set()
+    left_out = _compare(source, chosen, folder, parts, benchmarks) if isinstance(source, mixture.Mixed) else set()
     records = [Part.read(part.record) for part in parts]
     late = (row for part in parts for row in quarantined(part.quarantine))
     refused = sorted([*early, *late], key=lambda row: (row.source or "", row.row))
@@ -108,11 +110,11 @@ def write(source: Source, settings: DataSettings, folder: Path, workers: int = 1
     return manifest
 
 
-def _compare(source: mixture.Mixed, settings: DataSettings, folder: Path, parts: list[PartFiles]) -> set[str]:
+def _compare(
+    source: mixture.Mixed, chosen: Mixture | None, folder: Path, parts: list[PartFiles], benchmarks: overlap.Benchmarks
+) -> set[str]:
     """Write overlap.json and, for a mixture, sources.json. Returns the near duplicates that were dropped."""
-    chosen = settings.mixture if settings.source == "mixture" else None
-    folders = chosen.evaluation_images if chosen else []
-    overlaps, concerned = overlap.report(parts, source.index, folders, settings.limits)
+    overlaps, concerned = overlap.report(parts, source.index, benchmarks)
     dropped = chosen is not None and chosen.near_duplicates == "drop"
     if dropped:
         overlap.drop(folder, concerned, source.index)

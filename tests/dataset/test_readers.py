@@ -211,6 +211,19 @@ def test_training_images_that_look_like_evaluated_ones(policy: str, tmp_path: Pa
         assert not overlap.dropped and expected <= of_split["train"] and not manifest.quarantined
 
 
+@pytest.mark.parametrize(("name", "message"), [("x.png", r"x\.png is none of JPEG"), ("x.txt", "holds no image")])
+def test_an_evaluation_image_that_cannot_be_read_is_told_before_any_part(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / name).write_bytes(b"damaged")
+    monkeypatch.setattr("components.dataset.prepare.make", None)  # it is not called
+    with pytest.raises(DataError, match=rf"evaluation_images: .*{message}"):
+        prepare(
+            settings_for({"mine": as_folder(tmp_path)}, evaluation_images=[tmp_path / "benchmark"]), target=tmp_path / "dataset"
+        )
+
+
 def test_rows_that_share_a_picture_are_in_one_split_whatever_it_is_called(tmp_path: Path) -> None:
     """Chains of three pictures: rows show two each, the second by a copy's name; other rows show one."""
     member = as_folder(tmp_path)
