@@ -72,11 +72,16 @@ def add_adapters(model: Any, lora: Lora) -> None:
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
     )
+    decoder = model.get_decoder()
+    names = [name for name, _ in decoder.named_modules()]
+    unmatched = [target for target in lora.targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     model.get_output_embeddings().requires_grad_(False)
     try:
-        inject_adapter_in_model(config, model.get_decoder())
+        if unmatched:  # peft passes over them, if there are others
+            raise ValueError(f"nothing is called {', '.join(unmatched)}")
+        inject_adapter_in_model(config, decoder)
     except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, m in model.get_decoder().named_modules() if isinstance(m, nn.Linear)}
+        linear = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
         raise InputError(
             f"params/distill.yaml: trainable.lora.targets {list(lora.targets)}: {error}; the language model has"
             f" {', '.join(sorted(linear))}"
