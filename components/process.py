@@ -14,12 +14,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from components.errors import AlignTIError, InputError, Interrupted, TryAgainError, machine_error
 
+EXPERIMENTS = (".dvc", "tmp", "exps")  # DVC's folder of copies of the project
 LOCK = "ALIGNTI_DEVICE_LOCK"  # environment variable: lock file of the stage's device (flows/devices.py)
 
 
@@ -121,6 +122,20 @@ def _check_folder() -> None:
                 raise InputError(f"{cwd} is a folder of the project in {root}: run it there (cd {os.path.relpath(root)})")
 
 
+def project() -> Path:
+    """This folder; in a copy, which `dvc exp run --temp` and `--queue` work in and remove, the project's."""
+    cwd = Path.cwd()
+    return next((folder.parents[2] for folder in cwd.parents if folder.parts[-3:] == EXPERIMENTS), cwd)
+
+
+def _keep_runs() -> None:
+    """Link a copy's `.runs` and `.mlflow` to the project's."""
+    for name in (".runs", ".mlflow") if project() != Path.cwd() else ():
+        (project() / name).mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            Path(name).symlink_to(project() / name)
+
+
 def exit_from(main: Callable[[], None]) -> None:
     """Run a stage's `main` and exit with the error's code; errors of this project print as one line without a traceback."""
     try:
@@ -129,6 +144,7 @@ def exit_from(main: Callable[[], None]) -> None:
             if "DVC_STAGE" in os.environ:
                 terminate_once_with_parent()
                 share_lock()
+                _keep_runs()
             main()
             sys.stdout.flush()
     except AlignTIError as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,21 @@ def test_other_faults_of_the_machine_keep_their_trace() -> None:
 
     with pytest.raises(OSError, match="Input/output"):
         exit_from(main)
+
+
+@pytest.mark.parametrize("folder", [".dvc/tmp/exps/standalone/tmp1a2b", ".dvc/tmp/exps/tmp1a2b"])
+def test_runs_of_a_copy_that_dvc_removes_stay_in_the_project(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dvc exp run --temp` and `--queue`."""
+    (tmp_path / folder / "params").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    code = "from components.process import exit_from; exit_from(lambda: open('.runs/journal', 'a').write('x'))"
+    for _ in range(2):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "prepare"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    shutil.rmtree(tmp_path / ".dvc")
+    assert (tmp_path / ".runs/journal").read_text() == "xx" and (tmp_path / ".mlflow").is_dir()
 
 
 @pytest.mark.parametrize("below", ["components", "params/recipes", ".runs/journal"])

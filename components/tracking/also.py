@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.io import write_text
+from components.process import project
 from components.records.paths import WORKSPACES
 from components.tracking.journal import events_from, first_event, warn
 
@@ -33,9 +34,9 @@ class Tracker(Protocol):
 
 
 def _home() -> Path:
-    """This folder, or for a workspace, which is removed with its flow run, the folder that it belongs to."""
+    """The project's folder, also for a workspace, which is removed with its flow run."""
     workspaces = WORKSPACES.resolve()
-    return workspaces.parents[1] if Path.cwd().parent == workspaces else Path.cwd()
+    return workspaces.parents[1] if Path.cwd().parent == workspaces else project()
 
 
 class TensorBoard:

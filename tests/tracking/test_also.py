@@ -53,8 +53,11 @@ def test_curves_outlive_the_workspace_of_a_flow_run(tmp_path: Path, monkeypatch:
     workspace = tmp_path / WORKSPACES / "pipeline-0a0a0a0a"
     workspace.mkdir(parents=True)
     (workspace / RUNS).symlink_to(tmp_path / RUNS)
-    monkeypatch.chdir(workspace)
-    assert also._home() / also.EVENTS == tmp_path / ".tensorboard"
+    copy_of_dvc = tmp_path / ".dvc/tmp/exps/standalone/tmp1a2b"
+    copy_of_dvc.mkdir(parents=True)
+    for folder in (workspace, copy_of_dvc):
+        monkeypatch.chdir(folder)
+        assert also._home() / also.EVENTS == tmp_path / ".tensorboard"
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
