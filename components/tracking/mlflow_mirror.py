@@ -180,7 +180,7 @@ class Mirror:
                 self._client.log_artifact(run_id, str(path))
 
     def _headline(self, run_id: str, lines: list[dict[str, Any]]) -> None:
-        if parent := self._client.get_run(run_id).data.tags.get("mlflow.parentRunId"):
+        if parent := self._parent_of(run_id):
             self._metrics(parent, [line | {"step": None} for line in lines])
             self._client.set_tag(parent, "mlflow.note.content", lines[-1]["text"][:TAG_CHARS])
 
@@ -199,10 +199,14 @@ class Mirror:
     def _end(self, run_id: str, lines: list[dict[str, Any]]) -> None:
         status, ended = lines[-1]["status"], lines[-1]["time"]
         self._client.set_terminated(run_id, status, ended)
-        if self._start_event["parent"] and self._start_event["parent"]["ends_with_stages"]:
-            # The end of `dvc repro` is not observed, so its run ends with its last stage.
-            parent = self._client.get_run(run_id).data.tags["mlflow.parentRunId"]
+        # The end of `dvc repro` is not observed, so its run ends with its last stage.
+        if (self._start_event["parent"] or {}).get("ends_with_stages") and (parent := self._parent_of(run_id)):
             self._client.set_terminated(parent, status, ended)
+
+    def _parent_of(self, run_id: str) -> str | None:
+        """MLflow id of the parent run; None without one, or if it was deleted since."""
+        parent = self._client.get_run(run_id).data.tags.get("mlflow.parentRunId")
+        return parent if parent and self._run_exists(parent) else None
 
 
 def valid_name(name: str) -> str:

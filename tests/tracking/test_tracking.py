@@ -37,7 +37,7 @@ from components.tracking import (
     provenance,
     system_metrics,
 )
-from components.tracking.journal import JOURNALS
+from components.tracking.journal import JOURNALS, Run
 from components.tracking.mlflow_mirror import Mirror
 from components.tracking.stage_run import JOURNAL_ONLY, PARENT, stage_run
 
@@ -356,6 +356,19 @@ def test_a_run_that_mlflow_no_longer_has_is_sent_anew(for_good: bool, monkeypatc
     (store._hard_delete_run if for_good else store.delete_run)(run.info.run_id)
     assert mlflow_sync.sync(SQLITE) == (1, 0)
     assert all_arrived(journals()[0])["loss/sft"] == 3
+
+
+@pytest.mark.usefixtures("database")
+def test_a_run_whose_parent_was_deleted_is_sent_to_its_end() -> None:
+    run = Run(JOURNALS / "20260101T000000-compare-0a0a0a0a.jsonl")
+    parent = {"id": "dvc-host-1-2", "name": "dvc repro", "ends_with_stages": True, "tags": {}}
+    run.write("start", name="compare", experiment="tests", parent=parent, tags={"stage": "compare"})
+    mirror = Mirror(journals()[0], SQLITE)
+    mirror.send()
+    client().delete_run(runs()["dvc repro"].info.run_id)
+    run.headline({"sft/exact_match": 0.5}, "sft is in front")
+    run.end("FINISHED")
+    assert mirror.send() and runs()["compare"].info.status == "FINISHED"
 
 
 @pytest.mark.usefixtures("database")
