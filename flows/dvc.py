@@ -203,10 +203,12 @@ def restore_lock_file() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Environment of DVC, with this Python first in PATH: a stage's `python` is looked up there.
+    """Environment of DVC, with this Python first in PATH: a stage's `python` is looked up there, and runs the code of its
+    folder, also in a workspace: with PYTHONSAFEPATH it would be the installed project's.
 
     The shell is bash if available: it execs the stage, while dash stays between the two and hides DVC's death from the stage.
     """
     shell = shutil.which("bash") or os.environ.get("SHELL", "/bin/sh")
     bin_dir = os.path.dirname(sys.executable)  # noqa: PTH120  (resolving the link would leave the virtual environment)
-    return {**os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1", "SHELL": shell}
+    path = f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "SHELL": shell, "PYTHONSAFEPATH": ""}

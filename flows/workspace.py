@@ -88,7 +88,7 @@ def sweep() -> None:
 
 def prune(days: float) -> list[str]:
     """Delete the branches of runs that ended at least `days` ago; returns their names. Their outputs stay in DVC's cache."""
-    listed = _git("for-each-ref", "--format=%(refname:short) %(committerdate:unix)", "refs/heads/runs").splitlines()
+    listed = _git("for-each-ref", "--format=%(refname:short) %(committerdate:unix)", "refs/heads/runs/").splitlines()
     dated_branches = [line.rsplit(" ", 1) for line in listed]
     old = [branch for branch, timestamp in dated_branches if int(timestamp) <= time.time() - days * 86400]
     ended = [branch for branch in old if not (WORKSPACES / branch.removeprefix("runs/")).exists()]

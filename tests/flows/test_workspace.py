@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from components.errors import InputError, TryAgainError
-from flows import workspace
+from flows import dvc, workspace
 from tests.flows.conftest import git
 
 
@@ -59,3 +61,19 @@ def test_signatures_and_hooks_of_the_users_git_are_not_for_runs(project: Path) -
     with workspace.workspace("mine"):
         (Path("params") / "study.yaml").write_text("arms: {}\n")
     assert "Run mine" in workspace._git("log", "-1", "--format=%s", "runs/mine")
+
+
+def test_a_branch_of_the_users_called_runs_is_no_run(project: Path) -> None:
+    git("init", "--quiet")
+    git("add", "dvc.yaml")
+    git("commit", "--quiet", "-m", "all")
+    git("branch", "runs")
+    assert workspace.prune(0) == []
+
+
+def test_a_workspace_runs_its_own_code(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PYTHONSAFEPATH `python -m components.X` is the installed project's, so that of the folder as it is."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    (project / "own.py").write_text("print('own')")
+    said = subprocess.run([sys.executable, "-m", "own"], env=dvc.environment(), capture_output=True, text=True).stdout
+    assert said == "own\n"
