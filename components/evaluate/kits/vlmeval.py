@@ -231,7 +231,8 @@ def check_files(tasks: Iterable[str]) -> dict[str, QuestionFile]:
     whose rule would not be used; DataError as `check_tsv`."""
     files: dict[str, QuestionFile] = {}
     for task in dict.fromkeys(tasks):
-        benchmark, _, path = task.rpartition("=")
+        name, _, path = task.partition("=")
+        benchmark, path = (name, path) if path and not Path(task).is_file() else ("", task)
         form, questions = check_tsv(Path(path))
         name = benchmark or f"{Path(path).stem}{'_POPE' * (form == 'yes_no')}"
         if not benchmark and name in KIT_NAMES:

@@ -135,11 +135,17 @@ def test_a_file_may_have_a_byte_order_mark_and_is_utf_8(tmp_path: Path) -> None:
         vlmeval.check_tsv(path)
 
 
-def test_no_file_takes_the_place_of_another_or_of_a_benchmark(tmp_path: Path) -> None:
+def test_no_file_takes_the_place_of_another_or_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second would have overwritten the first; the leaderboard would have shown the third as MMBench."""
     (tmp_path / "b").mkdir()
     first, second = (str(tsv(folder / "mine.tsv", f"1\t{IMAGE}\tq\tred")) for folder in (tmp_path, tmp_path / "b"))
     assert list(vlmeval.check_files([first, first, f"MMStar={second}"])) == ["mine", "MMStar"]
+    swept = tmp_path / "lr=0.1/swept.tsv"
+    swept.parent.mkdir()
+    swept.write_bytes(Path(first).read_bytes())
+    assert list(vlmeval.check_files([str(swept), f"MMStar={swept}"])) == ["swept", "MMStar"]
+    monkeypatch.chdir(tmp_path)
+    assert list(vlmeval.check_files(["lr=0.1/swept.tsv", "MMStar=lr=0.1/swept.tsv"])) == ["swept", "MMStar"]
     for tasks in ([first, second], [f"MMStar={first}", f"MMStar={second}"]):
         with pytest.raises(InputError, match=r"mine.tsv and .*b/mine.tsv would both be data set (mine|MMStar): rename one"):
             vlmeval.check_files(tasks)
