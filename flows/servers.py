@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from components.errors import AlignTIError, InputError, TryAgainError, first_line
+from components.evaluate.kits.client import DIRECT
 from components.io import write_text
 from components.process import locked
 from components.tracking.outcome import TRAINING
@@ -77,7 +77,7 @@ class Server:
 
     def healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(self.url + HEALTH[self.name], timeout=5) as response:
+            with DIRECT.open(self.url + HEALTH[self.name], timeout=5) as response:
                 return bool(response.status == 200)
         except urllib.error.HTTPError as error:
             return error.code == 401  # up, and requires a login

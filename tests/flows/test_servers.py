@@ -327,6 +327,24 @@ def test_commands_find_the_servers_by_themselves(cwd: Path, monkeypatch: pytest.
     assert environment["MLFLOW_TRACKING_PASSWORD"] == "a-long-password"
 
 
+def test_a_server_of_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--host` with an address of the network, which `no_proxy` does not name."""
+
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    monkeypatch.setattr(urllib.request, "_opener", None)  # made once, of the environment at that time
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert Server("mlflow", os.getpid(), 0.0, "127.0.0.1", server.server_port).healthy()
+        server.shutdown()
+
+
 def test_a_flow_that_its_server_fails_is_to_be_tried_again() -> None:
     for error in (httpx.ConnectError("refused"), ObjectNotFound(Exception("no such run"))):
         with pytest.raises(TryAgainError, match="what its stages made stands"), servers.prefect_failures():
