@@ -30,6 +30,7 @@ from components.config.settings import FILES, Settings
 from components.config.yaml_file import read_yaml
 from components.errors import SettingsError, meant
 from components.io import write_text
+from components.process import exit_from
 from components.records.paths import RUNS
 
 Loader = Callable[[str], Any]
@@ -143,8 +144,12 @@ def back_up_own_values(root: Path = Path()) -> str:
 
 
 def restate(name: str, root: Path = Path()) -> None:
-    """Merge every value of `params/` into recipe `name`, which keeps its comments."""
-    about(name, root)  # raises for an unknown name
+    """Merge every value of `params/` into recipe `name`, which keeps its comments. Raises SettingsError if there is no such
+    recipe, or params/ are another one unchanged, whose values it would take."""
+    about(name, root)
+    nearest_name, differing = nearest(root)
+    if nearest_name != name and not differing:
+        raise SettingsError(f"params/ say what recipe {nearest_name} says: `alignti use {name}` and change those")
     path = _path(name, root)
     yaml = round_trip()
     recipe = yaml.load(path.read_text(encoding="utf-8"))
@@ -264,5 +269,11 @@ def _count_values(node: Any) -> int:
     return sum(map(_count_values, node.values())) if isinstance(node, Mapping) else 1
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SettingsError("which recipe? python -m components.config.recipes NAME")
     restate(sys.argv[1])
+
+
+if __name__ == "__main__":
+    exit_from(main)

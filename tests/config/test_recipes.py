@@ -150,6 +150,14 @@ def test_restating_takes_over_what_params_say_now_and_keeps_comments(root: Path)
     assert restated == re.sub(r"(?m)^(distill:\n  rows:.*\n  steps:) \d+", r"\1 7", shipped) != shipped
 
 
+def test_a_recipe_does_not_take_the_values_of_another(root: Path) -> None:
+    recipes.use("smoke", root)
+    before = (root / "params/recipes/digits.yaml").read_text()
+    with pytest.raises(SettingsError, match="params/ say what recipe smoke says: `alignti use digits`"):
+        recipes.restate("digits", root)
+    assert (root / "params/recipes/digits.yaml").read_text() == before
+
+
 ABOUT = "about: {run: alignti use mine, hardware: any, time: none, result: none, seconds: {}}\n"
 
 
