@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from components.tracking.import_graph import ROOT, closure, imports, modules
+from components.tracking.import_graph import ROOT, closure, imports, modules, names_of
 
-__all__ = ["ROOT", "closure", "imports", "modules", "says_something"]
+__all__ = ["ROOT", "closure", "imports", "modules", "names_of", "says_something"]
 
 
 def says_something(path: Path) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.graph_of_code import ROOT, closure, imports, modules
+from tests.graph_of_code import ROOT, closure, imports, modules, names_of
 
 # A room may import from those of a lower level, and itself. The command line stands above everything.
 LEVELS = [
@@ -69,6 +71,11 @@ def test_there_are_no_circles() -> None:
     for module in modules():
         for imported in imports(module) & set(modules()):
             assert module not in closure(imported) or module == imported or module in _packages(imported), (module, imported)
+
+
+def test_benchmarks_import_in_no_circle() -> None:
+    scripts = {f"benchmarks.{path.stem}": path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+    TopologicalSorter({name: set(names_of(ast.parse(text).body)) & set(scripts) for name, text in scripts.items()}).prepare()
 
 
 def _packages(module: str) -> set[str]:

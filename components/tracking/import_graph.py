@@ -28,10 +28,11 @@ def modules() -> dict[str, Path]:
 def imports(module: str) -> frozenset[str]:
     """Full names imported anywhere in `module`, `from a import b` as both `a` and `a.b`; TYPE_CHECKING blocks excluded."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
-    return frozenset(_names(tree.body))
+    return frozenset(names_of(tree.body))
 
 
-def _names(body: list[ast.stmt]) -> Iterator[str]:
+def names_of(body: list[ast.stmt]) -> Iterator[str]:
+    """Full names that statements import, with TYPE_CHECKING blocks excluded."""
     for statement in body:
         if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
             continue
