@@ -56,7 +56,7 @@ class Template:
         """Text of all `turns`; of the first one up to `ASSISTANT:`, if not `answer`. Answers are stripped of white space.
 
         `images`: placeholder of each image (the image token, once per visual token), in the order of their marks, or None; a
-        newline follows those that open a question.
+        newline follows those that open a question, and parts any two, whose tokens are one image to Qwen's position ids else.
         The space before an answer is part of it: tokenizers join it to the first word, and a prompt ends without it.
         """
         parts, image_texts = [Part(f"{self.system} " if self.system else "", template=True)], iter(images or ())
@@ -68,7 +68,7 @@ class Template:
                 if piece is None:
                     parts += [
                         Part(next(image_texts), template=True, image=True),
-                        Part("\n" * (index < first_text), template=True),
+                        Part("\n" * (index < first_text or question[index + 1 : index + 2] == [None]), template=True),
                     ]
                 else:
                     parts.append(Part(piece, template=False))
@@ -91,7 +91,8 @@ class Template:
             "{% elif message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 %}"
             "{% set said = namespace(text='', image='') %}{% for part in message['content'] %}"
             f"{{% if part['type'] == 'text' %}}{{% set said.text = said.text + part['text'] %}}"
-            f"{{% elif said.text %}}{{% set said.text = said.text + '{IMAGE}' %}}"
+            f"{{% elif said.text %}}{{% set newline = '\\n' if said.text.endswith('{IMAGE}') else '' %}}"
+            f"{{% set said.text = said.text + newline + '{IMAGE}' %}}"
             f"{{% else %}}{{% set said.image = said.image + '{IMAGE}\\n' %}}{{% endif %}}{{% endfor %}}"
             "{% set text = said.text %}{% set image = said.image %}"
             "{% else %}"

@@ -55,6 +55,17 @@ def test_they_are_read_as_the_familys_own_processor_writes_them(family: str) -> 
     assert check(family) == documented(family, TITLE)
 
 
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_images_side_by_side_among_words_are_two(family: str) -> None:
+    """Qwen's position ids go by runs of visual tokens, a run for each image."""
+    sample = replace(SEVERAL, turns=(Turn(f"is {IMAGE}{IMAGE} red ?", "no"), Turn(f"and {IMAGE}", "red")))
+    vlm, batch = VLM(toy.loaded(family).model), toy.batch(family, [sample])
+    with torch.no_grad():
+        hidden, _ = vlm.plain(batch, vlm.features(batch), keep=False)
+        stock = vlm.model(**prompt(vlm.model, batch)).logits
+    torch.testing.assert_close(vlm.head(hidden), stock, rtol=1e-5, atol=1e-5)
+
+
 def conversation(*counts: int) -> Sample:
     """Turns with so many images each."""
     turns = tuple(Turn(f"{IMAGE * count}what at a{turn} ?", f"red {turn}") for turn, count in enumerate(counts))

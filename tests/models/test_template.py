@@ -27,9 +27,12 @@ def test_prompt_is_the_first_turn_up_to_where_the_answer_begins() -> None:
 
 
 def test_images_stand_where_the_data_put_them_a_line_each_where_they_open_a_question() -> None:
-    turns = (Turn("<image> <image>what ?", "one"), Turn("at <image> or <image>", "no"))
-    text = Template("").render(turns, "abcd", answer=True).text
-    assert text == "USER: a\nb\nwhat ? ASSISTANT: one<|endoftext|>USER: at c or d ASSISTANT: no<|endoftext|>"
+    turns = (Turn("<image> <image>what ?", "one"), Turn("at <image> or <image>", "no"), Turn("in <image><image>", "two"))
+    text = Template("").render(turns, "abcdef", answer=True).text
+    assert text == (
+        "USER: a\nb\nwhat ? ASSISTANT: one<|endoftext|>USER: at c or d ASSISTANT: no<|endoftext|>"
+        "USER: in e\nf ASSISTANT: two<|endoftext|>"
+    )
 
 
 def test_text_only_has_no_image_and_no_line_break() -> None:
@@ -49,6 +52,9 @@ def test_chat_template_says_the_same() -> None:
         ]
         turns = (Turn("<image><image>at <image>?", ""),)
         assert processor.apply_chat_template(several) == template.render(turns, ["<image>"] * 3, answer=False).text
+        several[0]["content"][3:3] = [image]
+        turns = (Turn("<image><image>at <image><image>?", ""),)
+        assert processor.apply_chat_template(several) == template.render(turns, ["<image>"] * 4, answer=False).text
         messages += [{"role": "assistant", "content": "one"}, {"role": "user", "content": "list the grid ."}]
         messages += [{"role": "assistant", "content": "red one, red two"}]
         assert processor.apply_chat_template(messages) == template.render(TURNS, ["<image>"]).text
