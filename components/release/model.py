@@ -56,11 +56,15 @@ def open_model(path: Path, device: torch.device | str) -> Loaded:
 
 
 def template_of(checkpoint: CheckpointRef, loaded: Loaded, settings: Settings) -> Template:
-    """Chat template: the project's for its own arms and for checkpoints without one, else the checkpoint's."""
-    chat_template = loaded.processor.chat_template or loaded.processor.tokenizer.chat_template
-    if checkpoint.arm is not None or not chat_template:
-        return Template.from_settings(settings.models.template)
-    return Template("", style="processor")
+    """Chat template: the project's for its own arms and for checkpoints without a usable one, else the checkpoint's."""
+    own, project = Template("", style="processor"), Template.from_settings(settings.models.template)
+    if checkpoint.arm is not None:
+        return project
+    try:
+        own.of(loaded.processor)
+    except ModelError:  # it has none, or, as LLaVA-1.5, one without an end of answers; the advice is to set the project's
+        return project
+    return own
 
 
 def _load_merged(path: Path, device: torch.device | str) -> Loaded:

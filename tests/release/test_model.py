@@ -59,8 +59,14 @@ def test_our_own_are_asked_as_trained_and_others_with_their_own_template(project
     loaded = open_model(foreign.path, "cpu")
     assert template_of(ours, loaded, settings) == Template.from_settings(settings.models.template)
     assert template_of(foreign, loaded, settings).style == "processor"
-    loaded.processor.chat_template = loaded.processor.tokenizer.chat_template = None
-    assert template_of(foreign, loaded, settings) == Template.from_settings(settings.models.template)
+    endless = (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
+        "{{ c['text'] + ' ' if c['type'] == 'text' else '<image>\n' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    for unusable in (endless, None):
+        loaded.processor.chat_template = loaded.processor.tokenizer.chat_template = unusable
+        assert template_of(foreign, loaded, settings) == Template.from_settings(settings.models.template)
 
 
 @pytest.fixture
