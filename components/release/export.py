@@ -99,7 +99,8 @@ def export(name: str, folder: Path, settings: Settings, dtype: str | None, shard
                 shutil.copy2(file, draft / file.name)
         reloaded = reload_exported(draft)
         _check_same_weights(source.model, reloaded.model, folder)
-        exported = Answers.collect(reloaded, samples, Template("", style="processor"), settings)
+        saved_template = Template("" if template.style == "vicuna" else template.system, style="processor")
+        exported = Answers.collect(reloaded, samples, saved_template, settings)
         kl = original.divergence(exported)
         if not kl <= TOLERANCE[dtype]:
             raise ModelError(

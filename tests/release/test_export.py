@@ -57,6 +57,14 @@ def test_without_a_dtype_it_stays_as_stored_and_shards_are_no_larger_than_asked(
     assert len({file.stat().st_mode for file in OUT.iterdir()}) == 1, "a server of another user reads them all, by the umask"
 
 
+@pytest.mark.parametrize("style", ["vicuna", "processor"])
+def test_it_is_compared_under_the_settings_system_text(style: str, project: Path, settings: Settings) -> None:
+    """Which the project's template has built in, and a checkpoint's own is given."""
+    template = settings.models.template.model_copy(update={"style": style, "system": "be brief ."})
+    settings = settings.model_copy(update={"models": settings.models.model_copy(update={"template": template})})
+    assert export("align_ti", OUT, settings, None, "5GB", force=False).kl == 0
+
+
 @pytest.mark.parametrize("ends", [None, 7, [7, 8]])
 def test_stock_generation_stops_where_answers_end(ends: int | list[int] | None, tmp_path: Path) -> None:
     source = load(toy.folder("llava_onevision"), "cpu")
