@@ -37,6 +37,7 @@ class ChatTemplate:
         self.jinja: str = processor.chat_template or processor.tokenizer.chat_template or ""
         if not self.jinja:
             raise ModelError(f"{self._name}: neither processor nor tokenizer has a chat template; set template.style: vicuna")
+        self._bos, self._prompt_end = written_by_processor(processor)
         if "strftime_now" in self.jinja and FIXED_DATE not in self.jinja:
             self.jinja = FIXED_DATE + self.jinja
         self._surrounding_texts(("it",), 0)
@@ -124,6 +125,11 @@ class ChatTemplate:
             raise ModelError(
                 f"{self._name}: its chat template refuses these turns: {error}; set template.style: vicuna"
             ) from None
+        if answers < len(shape):
+            text += self._prompt_end
+        before = text.split(self._image_token, shape[0].count("i"))
+        before[-1] = self._bos + before[-1]
+        text = self._image_token.join(before)
         slots_and_texts = SLOT.split(text)
         if [int(slot) for slot in slots_and_texts[1::2]] != list(range(next(slots))):
             raise ModelError(
@@ -149,6 +155,12 @@ class ChatTemplate:
                 " to stop; set template.style: vicuna"
             )
         return min(positions)[1]
+
+
+def written_by_processor(processor: Any) -> tuple[str, str]:
+    """BOS and end of a prompt that PaliGemma's processor writes, not its tokenizer: BOS after the images of the first question,
+    or before a text without any."""
+    return (processor.tokenizer.bos_token, "\n") if type(processor).__name__ == "PaliGemmaProcessor" else ("", "")
 
 
 def _slot(number: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from components.dataset.shards import IMAGE as IMAGE
 from components.dataset.shards import Turn
 from components.errors import ModelError
-from components.models.chat_template import ChatTemplate
+from components.models.chat_template import ChatTemplate, written_by_processor
 from components.models.rendered import Part, Rendered, pieces
 
 if TYPE_CHECKING:
@@ -26,12 +26,15 @@ USER, ASSISTANT = "USER:", "ASSISTANT:"
 class Template:
     """Settings of a chat template: `system` text before the first turn, may be empty; `eos` ends every answer.
 
-    `style` processor: the chat template of the processor that `of` is called with.
+    `style` processor: the chat template of the processor that `of` is called with. `bos`, `prompt_end`: see
+    `written_by_processor`.
     """
 
     system: str
     eos: str = EOS
     style: Literal["vicuna", "processor"] = "vicuna"
+    bos: str = ""
+    prompt_end: str = ""
     wants_special_tokens = True  # leading special tokens of the tokenizer (BOS), if it adds any
 
     @classmethod
@@ -48,7 +51,8 @@ class Template:
         if self.style == "processor":
             bound: Template | ChatTemplate = ChatTemplate(self.system, processor)
         else:
-            bound = replace(self, eos=processor.tokenizer.eos_token)
+            bos, prompt_end = written_by_processor(processor)
+            bound = replace(self, eos=processor.tokenizer.eos_token, bos=bos, prompt_end=prompt_end)
         _validate(bound, processor)
         return bound
 
@@ -59,20 +63,23 @@ class Template:
         newline follows those that open a question, and parts any two, whose tokens are one image to Qwen's position ids else.
         The space before an answer is part of it: tokenizers join it to the first word, and a prompt ends without it.
         """
-        parts, image_texts = [Part(f"{self.system} " if self.system else "", template=True)], iter(images or ())
+        bos, system = self.bos, f"{self.system} " if self.system else ""
+        if None not in pieces(turns[0].question):
+            bos, system = "", bos + system
+        parts, image_texts = [Part(system, template=True)], iter(images or ())
         for turn in turns if answer else turns[:1]:
             parts.append(Part(f"{USER} ", template=True))
             question = pieces(turn.question)
             first_text = question.index(next(filter(None, question), ""))
             for index, piece in enumerate(question):
                 if piece is None:
-                    parts += [
-                        Part(next(image_texts), template=True, image=True),
-                        Part("\n" * (index < first_text or question[index + 1 : index + 2] == [None]), template=True),
-                    ]
+                    newline = "\n" * (index < first_text or question[index + 1 : index + 2] == [None])
+                    after = newline if None in question[index + 1 :] else bos + newline
+                    parts += [Part(next(image_texts), template=True, image=True), Part(after, template=True)]
                 else:
                     parts.append(Part(piece, template=False))
-            parts.append(Part(f" {ASSISTANT}", template=True))
+            bos = ""
+            parts.append(Part(f" {ASSISTANT}{self.prompt_end}", template=True))
             if answer:
                 parts += [
                     Part(f" {turn.answer.strip()}", template=False, response=True),
@@ -100,7 +107,7 @@ class Template:
             f"{{% set image = '{IMAGE}\\n' if message['content'] | selectattr('type', 'equalto', 'image') | list else '' %}}"
             "{% endif %}"
             f"{{% if message['role'] == 'user' %}}{{{{ '{USER} ' + image + text + ' {ASSISTANT}' }}}}"
-            f"{{% elif message['role'] == 'assistant' %}}{{{{ ' ' + text + '{self.eos}' }}}}"
+            f"{{% elif message['role'] == 'assistant' %}}{{{{ {self.prompt_end + ' '!r} + text + '{self.eos}' }}}}"
             "{% endif %}{% endfor %}"
         )
 

@@ -15,9 +15,11 @@ from components.align_ti.terms import CORE
 from components.dataset.shards import IMAGE, Sample, Turn
 from components.distill.teacher import FrozenTeacher
 from components.models.attention import AttentionProbe, probing
+from components.models.collate import Collator
 from components.models.families import prompt
 from components.models.image_processor import IMAGE_INPUTS, decode_images
 from components.models.load import check_pair, load
+from components.models.template import Template
 from components.models.vlm import VLM
 from tests.families import toy
 from tests.families.table import documented
@@ -64,6 +66,24 @@ def test_images_side_by_side_among_words_are_two(family: str) -> None:
         hidden, _ = vlm.plain(batch, vlm.features(batch), keep=False)
         stock = vlm.model(**prompt(vlm.model, batch)).logits
     torch.testing.assert_close(vlm.head(hidden), stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_a_prompt_of_an_image_is_what_a_server_of_the_exported_student_reads(family: str) -> None:
+    """The saved chat template, and the family's own processor, which in PaliGemma's writes BOS and a newline."""
+    processor, collator = load(toy.folder(family), "cpu").processor, toy.collator(family, train=False)
+    saved = collator.template.jinja.replace(IMAGE, processor.image_token)
+    (sample,) = (s for s in toy.SAMPLES if s.id == "small")
+    content = [{"type": "image"}, {"type": "text", "text": "what digit ?"}]
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=saved, tokenize=False, add_generation_prompt=True
+    )
+    served = processor(images=[decode_images(sample)], text=[text], return_tensors="pt")
+    assert torch.equal(collator([sample]).input_ids, served["input_ids"])
+    processor.chat_template = saved
+    again = Collator(processor, Template("", style="processor"), 400, train=True)
+    for read, trained in zip(again.encode(toy.SAMPLES[:3]), toy.collator(family).encode(toy.SAMPLES[:3]), strict=True):
+        assert read.input_ids.tolist() == trained.input_ids.tolist() and read.response.tolist() == trained.response.tolist()
 
 
 def conversation(*counts: int) -> Sample:

@@ -55,7 +55,7 @@ def conversations(model: str, **_: Any) -> dict[str, Dataset]:
     """
     processor = load_processor(Path(model))
     template = Template.from_settings(load_settings().models.template).of(processor)
-    bos = "" if template.wants_special_tokens else processor.tokenizer.bos_token
+    bos = processor.tokenizer.bos_token or ""
     samples = split()
 
     def text(sample: Sample) -> str:
