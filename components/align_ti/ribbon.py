@@ -14,6 +14,7 @@ The only approximation is the cap on a sample's length (`fit`): response steps b
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,30 +91,28 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
     return filtered / filtered.sum(-1, keepdim=True)
 
 
-def draw(probabilities: Tensor, uniform: Tensor, replacement: bool = True) -> Tensor:
-    """(N, d) tokens sampled from (N, V) probabilities by inverting their cumulative sums at (N, d) uniforms.
-
-    Without replacement, a token's probability is set to 0 after its draw.
-    Raises ValueError if fewer than d tokens have a positive probability and draws are without replacement.
-    """
-    if replacement:
-        return _invert(probabilities, uniform)
-    if bool(((probabilities > 0).sum(-1) < uniform.shape[1]).any()):
-        raise ValueError(f"fewer than {uniform.shape[1]} tokens have a positive probability: draw with replacement")
-    remaining = probabilities.clone()
-    columns = []
-    for j in range(uniform.shape[1]):
-        columns.append(_invert(remaining, uniform[:, j : j + 1]))
-        remaining.scatter_(1, columns[-1], 0.0)
-    return torch.cat(columns, dim=1)
-
-
-def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """(N, d) tokens sampled from (N, V) probabilities by inverting their cumulative sums at (N, d) uniforms."""
     cumulative = probabilities.double().cumsum(-1)
     # right=True: a token of probability 0 has an empty interval and is never drawn.
     tokens = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
     # NaN probabilities are clamped to a valid id, so that the non-finite check reports them instead of a device-side assert.
     return tokens.clamp_max(probabilities.shape[1] - 1)
+
+
+def draw_distinct(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+    """(N, d) tokens sampled without replacement at (N, d) uniforms, each by the `probabilities` of those not drawn yet.
+
+    These are taken from the (N, V) logits anew for each draw: beside a likely token those of all others may be 0 in floats.
+    Raises ValueError for more draws than tokens.
+    """
+    if uniform.shape[1] > logits.shape[1]:
+        raise ValueError(f"{uniform.shape[1]} different tokens of {logits.shape[1]} cannot be drawn: draw with replacement")
+    columns = []
+    for j in range(uniform.shape[1]):
+        columns.append(draw(probabilities(logits, temperature, top_k and top_k - j), uniform[:, j : j + 1]))
+        logits = logits.scatter(1, columns[-1], -math.inf)
+    return torch.cat(columns, dim=1)
 
 
 def fit(

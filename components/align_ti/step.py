@@ -28,6 +28,7 @@ from components.align_ti.ribbon import (
     continuation_mask,
     counted,
     draw,
+    draw_distinct,
     expanded_mask,
     fit,
     plan,
@@ -298,15 +299,14 @@ class AlignTI(nn.Module):
         rows = hidden[predicting(batch.response)].detach()
         uniform = uniforms(response, keys, method.draws)
         size = rows_per_chunk(len(head.weight), method.chunk_mib)
-        drawn = [
-            draw(
-                probabilities(head(chunk)[:, : method.shared_vocabulary], method.draw_temperature, method.top_k, method.top_p),
-                chunk_uniforms,
-                method.replacement,
-            )
-            for chunk, chunk_uniforms in zip(rows.split(size), uniform.split(size), strict=True)
-        ]
-        draws = torch.cat(drawn)
+
+        def draw_chunk(chunk: Tensor, chunk_uniforms: Tensor) -> Tensor:
+            logits = head(chunk)[:, : method.shared_vocabulary]
+            if not method.replacement:
+                return draw_distinct(logits, chunk_uniforms, method.draw_temperature, method.top_k)
+            return draw(probabilities(logits, method.draw_temperature, method.top_k, method.top_p), chunk_uniforms)
+
+        draws = torch.cat(list(map(draw_chunk, rows.split(size), uniform.split(size))))
         if method.alternatives == "shuffled":
             draws = shuffled(draws, response, keys)
         if method.alternatives == "wrong":  # gold draws become EOS, which does not count

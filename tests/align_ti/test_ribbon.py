@@ -14,6 +14,7 @@ from components.align_ti.ribbon import (
     continuation_mask,
     counted,
     draw,
+    draw_distinct,
     expanded_mask,
     fit,
     left_out,
@@ -93,12 +94,19 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_draws_without_replacement_differ_and_follow_the_sequential_distribution() -> None:
     p = torch.tensor([[0.6, 0.3, 0.1]]).expand(20_000, 3)
-    pairs = draw(p, torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)), replacement=False)
+    pairs = draw_distinct(p.log(), torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)))
     assert (pairs[:, 0] != pairs[:, 1]).all()
     share = ((pairs[:, 0] == 0) & (pairs[:, 1] == 1)).float().mean()
     assert share == pytest.approx(0.6 * 0.3 / 0.4, abs=0.015)
     with pytest.raises(ValueError, match="draw with replacement"):
-        draw(torch.tensor([[1.0, 0.0]]), torch.rand(1, 2), replacement=False)
+        draw_distinct(torch.zeros(1, 2), torch.rand(1, 3))
+
+
+@pytest.mark.parametrize("top_k", [None, 3, 9])
+def test_tokens_of_probability_zero_in_floats_are_drawn_after_those_above_them(top_k: int | None) -> None:
+    """At a low temperature one token has all of the mass that float32 can tell."""
+    logits = torch.tensor([[-40.0, 0.0, -30.0, -20.0]])
+    assert draw_distinct(logits, torch.rand(1, 3), 0.1, top_k).tolist() == [[1, 3, 2]]
 
 
 def test_extreme_uniforms_draw_possible_tokens() -> None:
