@@ -34,9 +34,11 @@ class Iva(Strict):
         return self.change if self.change in ("other_instruction", "other_image") else None
 
     @model_validator(mode="after")
-    def _check_layer(self) -> Iva:
+    def _check_weighting(self) -> Iva:
         if (self.weighting == "layer") != (self.layer is not None):
             raise ValueError("`layer` is for `weighting: layer`, and only for it")
+        if self.weighting == "uniform" and self.change is not None:
+            raise ValueError(f"`change` is {self.change}, and with `weighting: uniform` nothing changes: all weights are equal")
         return self
 
 

@@ -79,6 +79,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing to keep": ({"weights": {"va_kd": 1.0}, "va_kd": {"by": "random", "cached": True}}, "random takes no pass"),
     "a negative weight": ({"weights": {"tad": 1.0}, "tad": {"beta": -1.0}}, "greater than or equal to 0"),
     "no tokens at the top": ({"weights": {"tad": 1.0}, "tad": {"top": 0}}, "greater than or equal to 1"),
+    "a control that changes nothing": (
+        {"weights": KD | {"iva": 1.0}, "iva": {"weighting": "uniform", "layer": None, "change": "permuted"}},
+        r"iva: `change` is permuted, .*: all weights are equal",
+    ),
     "a mixture of one": (
         {"weights": KD, "divergence": {"kind": "skewed", "mix": 1.0, "temperature": 1.0}},
         "trains nothing",
