@@ -39,6 +39,13 @@ def test_the_interpolation_follows_the_published_schedule() -> None:
     assert float(interpolation.t) == pytest.approx(0.92)
 
 
+def test_the_interpolation_leaves_the_student_whose_divergence_from_itself_is_zero() -> None:
+    interpolation = Interpolation(0.0, 5e-4)
+    for s in range(3):
+        interpolation.stepped(torch.tensor(0.0), s / 10)
+    assert float(interpolation.t) == pytest.approx(0.2)
+
+
 FOLDER = Path("artifacts/students/all")
 
 

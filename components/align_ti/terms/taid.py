@@ -30,10 +30,11 @@ class Interpolation(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
 
     def stepped(self, loss: Tensor, progress: float) -> None:
+        faster = self.t
         if self.before > 0:
             self.momentum.mul_(0.99).add_(0.01 * (self.before - loss) / self.before)
             faster = self.t + self.pace * self.momentum.sigmoid() * (1 - self.t)
-            self.t.copy_(faster.clamp(self.start + (1 - self.start) * progress, 1.0))
+        self.t.copy_(faster.clamp(self.start + (1 - self.start) * progress, 1.0))
         self.before.copy_(loss)
 
 
