@@ -19,7 +19,7 @@ from components.config.study import Arm
 from components.cost import shapes, step
 from components.cost.downloads import STUDENT_PATH
 from components.cost.shapes import Model
-from components.cost.step import DEVICES, GIB, BatchShape, Device, MemoryPlan, StepPlan
+from components.cost.step import DEVICES, GIB, BatchShape, Device, MemoryPlan, Operations, StepPlan
 from components.errors import InputError
 
 IMAGE_BYTES, PREPARED_PER_SECOND = 67e3, 488  # prepare benchmark (docs/performance.md): its images, on two cores
@@ -85,14 +85,20 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
             hours["write_answers"] = generation_hours(
                 teacher, answer_settings.samples * rows, distill.micro_batch_size, prompt, answer_settings.max_new_tokens
             )
+        if distill.teacher_signals.source == "cache":
+            length = teacher.visual + sample.text + sample.response
+            batch_shape = BatchShape((length,), response=sample.response, visual=teacher.visual, images=1)
+            head = step.head(teacher.language, sample.response + teacher.visual)
+            one_pass = step.tower(teacher, 1) + step.body(teacher, batch_shape, 0) + head
+            hours["cache_teacher"] = rows * step.hours(Operations(one_pass, 0), device)
         hours["evaluate_teacher"] = generation_hours(teacher, test_rows, batch, prompt, new_tokens)
     memory_by_arm: list[dict[str, float]] = []
     for arm_name in settings.study.arms:
         arm = settings.arm(arm_name)
-        student = students[arm.student]
-        shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
+        student, live_teacher = students[arm.student], None if settings.uses_cache(arm) else teacher
+        shape, plan = _batch_shape(student, sample, arm, settings), _step_plan(student, arm, settings)
         steps, passes = settings.of_arm(arm).distill.steps, distill.batch_size / len(shape.lengths)
-        flops = step.operations(student, teacher, shape, replace(plan, written=0))  # answers' time is added below
+        flops = step.operations(student, live_teacher, shape, replace(plan, written=0))  # answers' time is added below
         distill_hours = steps * passes * step.hours(flops, device)
         prompt = student.visual + sample.text
         if arm.rollouts is not None:
@@ -102,7 +108,7 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
         hours[f"evaluate@{arm_name}"] = generation_hours(
             student, test_rows, evaluate.batch_size, prompt, evaluate.max_new_tokens
         )
-        memory_by_arm.append(step.memory(student, teacher, shape, plan, _memory_plan(student, settings)))
+        memory_by_arm.append(step.memory(student, live_teacher, shape, plan, _memory_plan(student, settings)))
     peak_memory = max(memory_by_arm, key=lambda parts: sum(parts.values()))
     arms = [students[arm.student] for arm in settings.study.arms.values()]
     disk = {
@@ -116,7 +122,7 @@ def estimate(name: str, settings: Settings, root: Path = Path()) -> Estimate | N
 
 def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()) -> float:
     """FLOPs of one optimiser step of a filled-in arm, over samples of recipe `name`'s mean size. The teacher is the largest
-    candidate.
+    candidate, and costs nothing where the arm reads its cache.
 
     Raises InputError if the recipe lacks that size, or the shape of a model is unknown.
     """
@@ -126,10 +132,9 @@ def step_operations(name: str, arm: Arm, settings: Settings, root: Path = Path()
     members = settings.models.members
     student = _model(members.students[arm.student], name, settings, root)
     teacher = max((_model(entry, name, settings, root) for entry in members.teachers.values()), key=lambda model: model.weights)
-    shape, plan = _batch_shape(student, sample, settings), _step_plan(student, arm, settings)
-    if arm.tpa is not None and arm.tpa.source == "gold":  # gold alternatives add no rows
-        shape = replace(shape, ribbon=0)
-    return settings.distill.batch_size / len(shape.lengths) * step.operations(student, teacher, shape, plan).all
+    shape, plan = _batch_shape(student, sample, arm, settings), _step_plan(student, arm, settings)
+    operations = step.operations(student, None if settings.uses_cache(arm) else teacher, shape, plan)
+    return settings.distill.batch_size / len(shape.lengths) * operations.all
 
 
 def _model(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings: Settings, root: Path) -> Model:
@@ -169,10 +174,11 @@ def _model(entry: Checkpoint | Parts | Cut | LanguageShape, name: str, settings:
     raise InputError(f"the shape of {entry.source} is not known before it is here; `dvc repro obtain_models` brings it")
 
 
-def _batch_shape(student: Model, sample: SampleSize, settings: Settings) -> BatchShape:
+def _batch_shape(student: Model, sample: SampleSize, arm: Arm, settings: Settings) -> BatchShape:
     """Micro-batch of one device: samples of the mean size."""
-    distill = settings.distill
-    B = min(distill.micro_batch_size, _samples_per_device(settings))
+    assert arm.tpa is not None  # filled in by Settings.arm
+    alternatives = 0 if arm.tpa.source == "gold" else min(step.ALTERNATIVES, arm.tpa.draws)  # gold alternatives add no rows
+    B = min(settings.distill.micro_batch_size, _samples_per_device(settings))
     length = float(student.visual + sample.text + sample.response)
     return BatchShape(
         lengths=(length,) * B,
@@ -180,7 +186,7 @@ def _batch_shape(student: Model, sample: SampleSize, settings: Settings) -> Batc
         visual=B * student.visual,
         images=B,
         instruction=B * sample.text,
-        ribbon=B * sample.response * min(step.ALTERNATIVES, settings.distill.tpa.draws),
+        ribbon=B * sample.response * alternatives,
     )
 
 

@@ -73,6 +73,31 @@ def test_answers_that_a_student_writes_in_training_cost_their_time_once(root: Pa
     assert cost is not None and cost.hours[f"distill@{name}"] > hours[2]
 
 
+def test_an_arm_costs_what_its_own_alternatives_do_and_no_teacher_where_it_reads_the_cache(root: Path) -> None:
+    settings = recipes.settings_with(NAME, root)
+    signals = settings.distill.teacher_signals.model_copy(update={"source": "cache"})
+    cached = settings.model_copy(update={"distill": settings.distill.model_copy(update={"teacher_signals": signals})})
+    live, cheaper = costs.estimate(NAME, settings, root), costs.estimate(NAME, cached, root)
+    assert live is not None and cheaper is not None and "cache_teacher" not in live.hours
+    less = {arm: live.hours[f"distill@{arm}"] - cheaper.hours[f"distill@{arm}"] for arm in settings.study.arms}
+    assert less["sft"] == less["align_ti"] == 0, "no teacher, and one that no cache serves"
+    assert less["kd"] == pytest.approx(cheaper.hours["cache_teacher"], rel=0.2), "the pass that is made once"
+    arms = {name: arm for name, arm in settings.study.arms.items() if name == "kd"}
+    alone = costs.estimate(NAME, cached.model_copy(update={"study": settings.study.model_copy(update={"arms": arms})}), root)
+    assert alone is not None and alone.memory["teacher"] == 0 < live.memory["teacher"]
+    tpa = {"gold": {"source": "gold"}, "one": {"draws": 1}, "as all": {}}
+    hours = {}
+    for name, own in tpa.items():
+        arm = settings.arm("align_ti")
+        assert arm.tpa is not None
+        arm = arm.model_copy(update={"tpa": arm.tpa.model_copy(update=own)})
+        study = settings.study.model_copy(update={"arms": {"align_ti": arm}})
+        cost = costs.estimate(NAME, settings.model_copy(update={"study": study}), root)
+        assert cost is not None
+        hours[name] = cost.hours["distill@align_ti"]
+    assert hours["gold"] < hours["one"] < hours["as all"]
+
+
 def test_the_evaluated_share_is_that_of_the_source_that_is_read(root: Path) -> None:
     settings = recipes.settings_with(NAME, root)
     own = LlavaFolder(annotations="rows.json", images="images", val=0.1, test=0.1)
