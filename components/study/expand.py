@@ -21,6 +21,7 @@ from components.config import recipes
 from components.config.distill import DistillSettings
 from components.config.fields import ArmName, PositiveFloat, Strict
 from components.config.load import check_project, load_settings
+from components.config.merge import merge
 from components.config.settings import Settings
 from components.config.study import Arm, StudySettings
 from components.config.yaml_file import read_yaml
@@ -96,7 +97,8 @@ def read(name: str, root: Path = Path()) -> Study:
 
 def cells(name: str, root: Path = Path()) -> list[Cell]:
     """Arms of the study in file order, those of budgets last. Raises SettingsError with all invalid arms and names."""
-    study, settings = read(name, root), load_settings(root)
+    study = read(name, root)
+    settings = _with_own_values(study, f"{STUDIES / name}.yaml", root)
     file, expanded, problems = STUDIES / f"{name}.yaml", [], []
     points = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
     for (cell, changes), point in itertools.product(study.cells.items() or [("", {})], points):
@@ -129,6 +131,16 @@ def cells(name: str, root: Path = Path()) -> list[Cell]:
     if problems:
         raise SettingsError("\n".join(problems))
     return expanded
+
+
+def _with_own_values(study: Study, file: str, root: Path) -> Settings:
+    """Settings of params/ with the study's `distill`, which its arms' blocks start from, and its budgets."""
+    settings, values = load_settings(root), read_yaml(root / "params/distill.yaml")
+    merge(study.distill, values, DistillSettings)
+    try:
+        return settings.model_copy(update={"distill": DistillSettings.model_validate(values)})
+    except ValidationError as error:
+        raise SettingsError(_problems(f"{file}: distill", error)) from None
 
 
 def _budget_cells(budget: str, cells: list[Cell], baselines: list[str], settings: Settings, root: Path) -> list[Cell]:

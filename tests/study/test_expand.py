@@ -114,6 +114,20 @@ def test_an_unknown_study_is_told_with_those_there_are(root: Path) -> None:
         expand.read("term", root)
 
 
+def test_a_studys_own_values_are_those_of_its_blocks_and_budgets_before_they_are_in_params(root: Path) -> None:
+    cells = {"kd": {}, "ours": {"weights.tpa": 1.0, "tpa.source": "teacher"}}
+    own = {"steps": 200, "tpa": {"draws": 8}}
+    write(root, cells=cells, grid={"seed": [1]}, baselines=["kd"], budgets=["operations"], distill=own)
+    first = expand.cells("mine", root)
+    expand.expand("mine", root)
+    assert expand.cells("mine", root) == first
+    ours, scaled = (cell.arm for cell in first if cell.variant != "kd")
+    assert ours.tpa and ours.tpa.draws == 8 and scaled.steps and scaled.steps < 200
+    write(root, cells=cells, grid={"seed": [1]}, baselines=["kd"], distill={"tpa": {"draws": 0}})
+    with pytest.raises(SettingsError, match=r"mine\.yaml: distill: tpa\.draws: Input should be greater than 0"):
+        expand.cells("mine", root)
+
+
 def test_a_budget_gives_each_cell_the_steps_that_cost_what_the_baseline_does(root: Path) -> None:
     cells = {"kd": {}, "ours": {"weights.iva": 1.0, "weights.tpa": 1.0}, "sft": {"weights.kd": 0.0}, "short": {"steps": 10}}
     same: dict[str, Any] = {"cells": cells, "grid": {"seed": [1, 2]}, "baselines": ["kd"]}
