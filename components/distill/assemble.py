@@ -137,7 +137,11 @@ def assemble(name: str, arm: Arm, settings: Settings) -> Job:
         if mcd := method_terms.get("mcd"):
             edit_collator = evidence_collator(student.processor, template, settings.models.max_length)
             evidence.append(edits := Evidence(SIGNALS, manifest, mcd.evidence, mcd.verified, samples, edit_collator))
-            accelerator.print(f"distill@{name}: L_mcd edits {len(edits):,} samples")
+            edited = sum(index in edits for index in indices)
+            remedy = (
+                "" if edited else ", and is 0 in every step; raise rows in params/distill.yaml, or set mcd.verified to null"
+            )
+            accelerator.print(f"distill@{name}: L_mcd edits {edited:,} of {len(indices):,} samples{remedy}")
         if (va_kd := method_terms.get("va_kd")) and va_kd.cached:
             evidence.append(ImageDependence(SIGNALS, manifest, va_kd.by))
     weights = samples.weights

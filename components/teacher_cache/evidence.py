@@ -121,8 +121,11 @@ class Evidence:
         return {int(table[row, SAMPLE]): int(row) for row in verified}
 
     def __len__(self) -> int:
-        """Number of samples with an edit."""
+        """Number of samples with an edit, of the whole split."""
         return len(self._rows)
+
+    def __contains__(self, sample: int) -> bool:
+        return sample in self._rows
 
     def edit(self, batch: Batch, samples: Sequence[int], keys: Sequence[int]) -> Batch:
         """Copy of the batch of `samples` with edits of those that have evidence; `keys` seed the kind of edit."""

@@ -211,6 +211,18 @@ def test_a_share_of_the_samples_is_one_at_least_and_no_float_takes_one_away(
         assert len(Evidence(Path(), kept, "gradient", share, none, none)) == count
 
 
+def test_edits_are_counted_among_the_samples_trained_on(mcd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage.build_signals(load_settings())
+    write_params(mcd, "study", {"arms": {"mcd": ARM | {"mcd": {"verified": 0.01}}}})  # one of the split
+    told = {}
+    for rows in (None, 1):
+        write_params(mcd, "distill", {"rows": rows})
+        assert len(assemble("mcd", load_settings().arm("mcd"), load_settings()).evidence[0]) == 1  # type: ignore[arg-type]
+        told[rows] = capsys.readouterr().out
+    assert "L_mcd edits 1 of 16 samples\n" in told[None]
+    assert "L_mcd edits 0 of 1 samples, and is 0 in every step; raise rows" in told[1]
+
+
 def test_it_trains_and_resumes_to_the_same_bytes(mcd: Path) -> None:
     stage.build_signals(load_settings())
     expected = trained(Run(None))
