@@ -43,7 +43,9 @@ def model_card(arm: str, facts: dict[str, Any]) -> str:
     }
     filled = {key: value for key, value in front_matter.items() if value}
     rows = "\n".join(f"| {role} | {_described(model)} | {licence_of(model)} |" for role, model in models.items())
-    train = manifest.splits["train"]
+    train, part = manifest.splits["train"], facts["distill"].get("rows")
+    samples = f"{train.samples:,} training samples about {train.images:,} images"
+    samples += "" if part is None else f", at most {part:,} of them trained on"
     return f"""---
 {yaml.safe_dump(filled, sort_keys=False, allow_unicode=True, width=120)}---
 
@@ -63,7 +65,7 @@ processor = AutoProcessor.from_pretrained("{(STUDENTS / arm / "model").as_posix(
 | | | licence |
 |---|---|---|
 {rows}
-| data | {title}: {train.samples:,} training samples about {train.images:,} images, `{manifest.digest[:16]}` | below |
+| data | {title}: {samples}, `{manifest.digest[:16]}` | below |
 
 {licence}
 

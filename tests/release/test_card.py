@@ -80,6 +80,11 @@ def test_a_control_and_answers_of_the_teacher_are_told(project: Path) -> None:
     assert told in model_card("align_ti", facts(arm=arm))
 
 
+def test_a_part_of_the_samples_is_not_given_out_as_all(project: Path) -> None:
+    text = model_card("align_ti", facts(distill=facts()["distill"] | {"rows": 1}))
+    assert "2 training samples about 2 images, at most 1 of them trained on, `dddd" in text
+
+
 def test_a_mixture_names_each_sources_licence(project: Path) -> None:
     sources = {
         name: SourceRecord(weight=1, licence=licence, files="x", rows=2) for name, licence in {"a": "MIT", "b": "CC0"}.items()
