@@ -208,7 +208,11 @@ def test_with_a_cap_nothing_begins_beside_the_first_whose_cost_nobody_knows() ->
 
 
 @pytest.mark.parametrize(
-    ("losses", "stops"), [([2.0, 1.0], False), ([2.0, 5.9], False), ([2.0, 6.1], True), ([2.0, float("nan")], True)]
+    ("losses", "stops"),
+    [
+        *(([2.0, 1.0], False), ([2.0, 5.9], False), ([2.0, 6.1], True), ([2.0, float("nan")], True)),
+        *(([0.0, 0.5], False), ([0.0, 0.5, 1.6], True)),
+    ],
 )
 def test_a_training_whose_loss_explodes_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], stops: bool
