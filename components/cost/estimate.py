@@ -207,7 +207,17 @@ def _step_plan(student: Model, arm: Arm, settings: Settings) -> StepPlan:
         edited=(arm.options["mcd"].get("verified", 0.5) or 1.0) if "mcd" in arm.weights else 0.0,
         written=0.0 if arm.rollouts is None else arm.rollouts.share,
         gradient=arm.iva is not None and arm.iva.weighting == "gradient" and "iva" in arm.weights,
+        visual=_visual_share(student, arm),
     )
+
+
+def _visual_share(student: Model, arm: Arm) -> float:
+    """Share of an image's rows with logits: those that L_iva draws, unless its weights or another term need all."""
+    assert arm.iva is not None  # filled in by Settings.arm
+    readers = [term for term, needs in arm.needs.items() if needs.visual]
+    if arm.iva.rows is None or readers != ["iva"] or arm.iva.weighting in ("entropy", "divergence"):
+        return 1.0
+    return min(1.0, arm.iva.rows / student.visual)
 
 
 def _memory_plan(student: Model, settings: Settings) -> MemoryPlan:

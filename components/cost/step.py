@@ -45,6 +45,7 @@ class StepPlan:
         edited: share of the samples that a term edits.
         written: share of the samples with an answer of the student, as long as the data's and in one turn.
         gradient: the teacher has a backward pass to its inputs, for the weights of visual tokens.
+        visual: share of the visual rows with logits.
     """
 
     terms: tuple[Needs, ...]
@@ -56,6 +57,7 @@ class StepPlan:
     edited: float = 0
     written: float = 0
     gradient: bool = False
+    visual: float = 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def operations(student: Model, teacher: Model | None, batch: BatchShape, plan: S
     extra_rows = batch.ribbon if needs.ribbon else 0
     # Rows whose incoming gradients are known in the backward pass only; terms share compared rows.
     recomputable = any(term.teacher and term.response for term in plan.terms) * batch.response + extra_rows
-    compared_rows = recomputable + needs.visual * batch.visual
+    compared_rows = recomputable + needs.visual * plan.visual * batch.visual
     student_rows = any(not term.teacher for term in plan.terms) * batch.response + compared_rows
     recomputed = recomputable if recomputable > plan.chunk_rows else 0
     bf16 = (2 + plan.trained + plan.checkpointed) * body(student, batch, extra_rows) + plan.towers * tower(
@@ -152,7 +154,7 @@ def memory(student: Model, teacher: Model | None, batch: BatchShape, plan: StepP
     shards = {name: options.devices if name in options.sharded else 1 for name in ("student", "teacher")}
     tokens, extra_rows = sum(batch.lengths), batch.ribbon if needs.ribbon else 0
     per_token = footprint.activations_per_token(shape.hidden, shape.mlp, shape.layers, plan.checkpointed) * options.wide
-    rows = batch.response + batch.visual * needs.visual + extra_rows
+    rows = batch.response + batch.visual * plan.visual * needs.visual + extra_rows
     # autocast keeps 16-bit copies of weights
     casts = options.wide * options.trained if options.wide < footprint.FLOAT else 0
     parts = {

@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,8 @@ from rich.console import Console
 from components.config import recipes
 from components.config.data import LlavaFolder
 from components.config.models import Checkpoint, Cut
-from components.config.study import Rollouts
+from components.config.settings import Settings
+from components.config.study import Arm, Rollouts, StudySettings
 from components.cost import downloads, shapes, step
 from components.cost import estimate as costs
 from components.errors import InputError
@@ -85,17 +87,19 @@ def test_an_arm_costs_what_its_own_alternatives_do_and_no_teacher_where_it_reads
     arms = {name: arm for name, arm in settings.study.arms.items() if name == "kd"}
     alone = costs.estimate(NAME, cached.model_copy(update={"study": settings.study.model_copy(update={"arms": arms})}), root)
     assert alone is not None and alone.memory["teacher"] == 0 < live.memory["teacher"]
-    tpa = {"gold": {"source": "gold"}, "one": {"draws": 1}, "as all": {}}
-    hours = {}
-    for name, own in tpa.items():
-        arm = settings.arm("align_ti")
-        assert arm.tpa is not None
-        arm = arm.model_copy(update={"tpa": arm.tpa.model_copy(update=own)})
-        study = settings.study.model_copy(update={"arms": {"align_ti": arm}})
-        cost = costs.estimate(NAME, settings.model_copy(update={"study": study}), root)
-        assert cost is not None
-        hours[name] = cost.hours["distill@align_ti"]
-    assert hours["gold"] < hours["one"] < hours["as all"]
+    gold, one, drawn = {"tpa": {"source": "gold"}}, {"tpa": {"draws": 1}}, {"iva": {"rows": 64}}
+    hours = [_hours_of(settings, own, root) for own in (gold, one, {}, drawn, drawn | {"kd": {"pooled": True}})]
+    assert hours[0] < hours[1] < hours[2] == hours[4] and hours[3] < 0.95 * hours[2]
+
+
+def _hours_of(settings: Settings, own: dict[str, Any], root: Path) -> float:
+    """Of `align_ti` with other values in its blocks."""
+    arm = settings.arm("align_ti")
+    blocks = {name: getattr(arm, name).model_dump() | own.get(name, {}) for name in ("iva", "tpa", "divergence")}
+    study = StudySettings(arms={"align_ti": Arm(**arm.model_dump() | {k: v for k, v in own.items() if k == "kd"} | blocks)})
+    cost = costs.estimate(NAME, settings.model_copy(update={"study": study}), root)
+    assert cost is not None
+    return cost.hours["distill@align_ti"]
 
 
 def test_the_evaluated_share_is_that_of_the_source_that_is_read(root: Path) -> None:
