@@ -137,6 +137,12 @@ def test_slurm_starts_workers_in_the_clone_and_ends_with_their_exit_code(tmp_pat
     assert output == f"{tmp_path} worker 8\n"
 
 
+def test_each_element_of_an_array_works_in_a_clone_of_its_own(tmp_path: Path) -> None:
+    environment = {**servers(tmp_path), "ALIGNTI_ROOT": str(tmp_path / "clone"), "SLURM_ARRAY_TASK_ID": "3"}
+    output, _ = slurm(tmp_path / "clone-3", 'echo "$PWD"', **environment).communicate()
+    assert output == f"{tmp_path}/clone-3\n"
+
+
 def test_slurm_passes_the_end_of_its_time_on_and_waits_for_the_workers(tmp_path: Path) -> None:
     stopping = "trap 'sleep 0.5; echo saved; exit 0' TERM; echo ready; while :; do sleep 0.1; done"
     job = slurm(tmp_path, stopping, **servers(tmp_path))
