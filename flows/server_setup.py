@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
+
+import psutil
 
 from components.errors import InputError, TryAgainError
 from components.tracking import mlflow_client
@@ -21,6 +24,7 @@ HOME = Path(".servers")
 MLFLOW_HOME = Path(".mlflow")
 LOOPBACK = "127.0.0.1"
 AUTH = "ALIGNTI_SERVER_AUTH"  # user:password, for a server that others can reach
+ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"  # of pages that may write, by commas
 MIN_PASSWORD_CHARS = 12  # MLflow's rule
 
 Name = Literal["mlflow", "prefect"]
@@ -90,9 +94,22 @@ def mlflow(host: str, port: int, database: str, auth: str | None) -> tuple[list[
         settings, secret = _mlflow_auth(auth, database)
         command += ["--app-name", "basic-auth"]
         environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret}
-        # Else 403 to names of this machine and to its own pages at them; pages of other origins send no login.
-        environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": "*", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "*"}
+        environment |= {  # by default those of loopback: 403 to workers, and to its own pages elsewhere
+            "MLFLOW_SERVER_ALLOWED_HOSTS": "*",  # a page of a rebound name has no login
+            ORIGINS: os.environ.get(ORIGINS) or ",".join(_origins(port)),
+        }
     return command, environment
+
+
+def _origins(port: int) -> list[str]:
+    """Origins of pages at the names and addresses of this machine."""
+    addresses = {
+        address.address.partition("%")[0]
+        for of_interface in psutil.net_if_addrs().values()
+        for address in of_interface
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    return [f"http://{in_url(name)}:{port}" for name in sorted({socket.gethostname(), socket.getfqdn(), *addresses})]
 
 
 def _mlflow_auth(auth: str, database: str) -> tuple[Path, str]:

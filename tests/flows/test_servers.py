@@ -53,13 +53,21 @@ def test_a_weak_password_is_refused(cwd: Path, weak: str, monkeypatch: pytest.Mo
         servers.up("0.0.0.0")
 
 
-def test_mlflow_with_a_password_answers_to_any_name(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_with_a_password_answers_to_any_name_and_to_its_own_pages(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default it answers 403 to `http://gpu-box:5000`, and to the requests of its own pages at any but loopback."""
     monkeypatch.setattr(server_setup, "find_spec", lambda name: name)  # its extra `auth`
-    for auth, any_name in ((None, None), ("user:a-long-password", "*")):
+
+    def allowed(auth: str | None) -> list[str | None]:
         environment = server_setup.mlflow("0.0.0.0", 5000, "postgresql+psycopg2://nowhere/alignti_mlflow", auth)[1]
-        for name in ("MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"):
-            assert environment.get(name) == any_name
+        return [environment.get(name) for name in ("MLFLOW_SERVER_ALLOWED_HOSTS", server_setup.ORIGINS)]
+
+    assert allowed(None) == [None, None]
+    hosts, origins = allowed("user:a-long-password")
+    assert hosts == "*" and origins is not None
+    assert {f"http://{socket.gethostname()}:5000", "http://127.0.0.1:5000"} <= set(origins.split(","))
+    assert "*" not in origins  # a page of another origin would write with the login that a browser keeps
+    monkeypatch.setenv(server_setup.ORIGINS, "https://mlflow.lab")
+    assert allowed("user:a-long-password") == ["*", "https://mlflow.lab"]
 
 
 def test_a_taken_port_is_refused_by_name_and_holder(cwd: Path) -> None:
